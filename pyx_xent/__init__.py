@@ -1,0 +1,58 @@
+"""Cross-entropy, softmax and their gradients on CPUs.
+
+    functional.py ── _arguments.pyx    every argument checked, then a Problem: plain memory
+          │
+          └───────── _dispatch.py ──── _kernels/{baseline, avx2, avx512}
+                                         batch.pxi            rows handed to threads
+                                           rows.pxi tiles.pxi   one row; LANES neighbouring rows
+                                             lanes.pxi            LANES columns or rows
+                                               exp.pxi              one number
+    losses.py       objects with the constructors of torch.nn
+    reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
+"""
+
+from importlib.metadata import version as _version
+
+from ._config import show_config
+from ._threads import get_num_threads, set_num_threads
+from .functional import (
+    cross_entropy,
+    cross_entropy_with_grad,
+    log_softmax,
+    log_softmax_backward,
+    nll_loss,
+    nll_loss_with_grad,
+    softmax,
+    softmax_backward,
+)
+from .losses import CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+
+__version__ = _version("pyx_xent")
+
+__all__ = [
+    "CrossEntropyLoss",
+    "LogSoftmax",
+    "NLLLoss",
+    "Softmax",
+    "__version__",
+    "cross_entropy",
+    "cross_entropy_with_grad",
+    "get_num_threads",
+    "isa",
+    "log_softmax",
+    "log_softmax_backward",
+    "nll_loss",
+    "nll_loss_with_grad",
+    "set_num_threads",
+    "show_config",
+    "softmax",
+    "softmax_backward",
+]
+
+
+def __getattr__(name):
+    if name == "isa":  # looked up each time: pyx_xent._dispatch.use() changes it
+        from . import _dispatch
+
+        return _dispatch.active
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,51 @@
+"""What this build and this machine offer, for reports of problems and figures."""
+
+import platform
+from importlib.metadata import version
+
+import numpy as np
+
+from . import _dispatch, _runtime, _threads
+
+
+def _openmp_library():
+    """The file of the OpenMP runtime in this process, as far as the system tells."""
+    if not _runtime.OPENMP:
+        return None
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line.rpartition("/")[2]}
+    except OSError:
+        return "unknown"
+    return ", ".join(sorted(p for p in paths if p.rpartition("/")[2].startswith(("libgomp", "libomp", "libiomp")))) or "unknown"
+
+
+def show_config():
+    """Version, instruction sets, OpenMP, threads: what ``python -m pyx_xent`` prints, as a dict.
+
+    Returns
+    -------
+    dict
+        Keys: version, isa_compiled, isa_supported, isa_active, openmp (date of the specification, 0 if absent),
+        openmp_library, num_threads, num_threads_reason, numpy, python, machine.
+
+    Examples
+    --------
+    >>> import pyx_xent
+    >>> pyx_xent.show_config()["isa_active"] == pyx_xent.isa
+    True
+    """
+    threads, reason = _threads.available()
+    return {
+        "version": version("pyx_xent"),
+        "isa_compiled": list(_dispatch.compiled),
+        "isa_supported": list(_dispatch.supported),
+        "isa_active": _dispatch.active,
+        "openmp": _runtime.OPENMP,
+        "openmp_library": _openmp_library(),
+        "num_threads": threads,
+        "num_threads_reason": reason,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }

@@ -1,0 +1,40 @@
+"""Chooses the kernels: looks at the processor first, imports afterwards.
+
+A module compiled for AVX2 may use AVX2 as soon as it is loaded, so an unsupported one is never imported. A supported one
+that fails to import is an error of the installation and is not hidden.
+"""
+
+import importlib
+import importlib.util
+import os
+from contextlib import contextmanager
+
+from . import _runtime
+
+ISAS = ("baseline", "avx2", "avx512")  # slowest first; the index is the level of _runtime.x86_level()
+
+compiled = tuple(isa for isa in ISAS if importlib.util.find_spec(f"{__package__}._kernels.{isa}"))
+supported = tuple(isa for isa in compiled if ISAS.index(isa) <= _runtime.x86_level())
+
+
+def load(isa):
+    """The kernel module for `isa`; ImportError if this processor or this build does not have it."""
+    if isa not in supported:
+        raise ImportError(f"PYX_XENT_ISA={isa} is not available here; this processor and build have: {', '.join(supported)}")
+    return importlib.import_module(f"{__package__}._kernels.{isa}")
+
+
+active = os.environ.get("PYX_XENT_ISA") or supported[-1]
+kernels = load(active)
+
+
+@contextmanager
+def use(isa):
+    """Compute with `isa` inside a with block. For tests and benchmarks: it changes the whole process."""
+    global active, kernels
+    before = active, kernels
+    active, kernels = isa, load(isa)
+    try:
+        yield
+    finally:
+        active, kernels = before

@@ -1,0 +1,7 @@
+"""The kernels for baseline. Only pyx_xent._dispatch imports this, after it has looked at the processor."""
+
+include "exp.pxi"
+include "lanes.pxi"
+include "rows.pxi"
+include "tiles.pxi"
+include "batch.pxi"

@@ -1,0 +1,276 @@
+# Loops over LANES columns at a time: where the time goes. Everything above only arranges calls of these.
+#
+# A lane is either a column of one long row (rows.pxi: class c is in lane c % LANES, stride LANES) or a row of its own
+# (tiles.pxi: LANES neighbouring rows, stride from one class to the next). Rows and tiles add the terms of a row in the
+# same order - class c to partial sum c % LANES, in float for at most CHUNK terms, then in double, the LANES partial sums
+# as a binary tree - so a row has the same bits whichever way it is computed.
+#
+# The LANES local arrays live in vector registers: one of AVX-512, two of AVX2. Values are copied there before anything is
+# stored, so that in-place work needs no slower version of the loop.
+
+from pyx_xent._problem cimport (
+    CROSS_ENTROPY,
+    FEW_CLASSES,
+    LANES,
+    LOG_SOFTMAX,
+    NLL,
+    SOFTMAX,
+    SOFTMAX_BACKWARD,
+    ClassArray,
+    Operation,
+    Problem,
+)
+
+cdef enum:
+    CHUNK = 128
+
+
+cdef inline void fill(floating* lanes, floating value) noexcept nogil:
+    cdef int l
+    for l in range(LANES):
+        lanes[l] = value
+
+
+cdef inline void lanes_max(
+    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
+    floating* maximum,                                        # in/out   NaN is passed over
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating v
+    cdef floating m[LANES]
+    memcpy(m, maximum, sizeof(m))
+    for i in range(count):
+        for l in range(LANES):
+            v = x[i * stride + l]
+            m[l] = v if v > m[l] else m[l]
+    memcpy(maximum, m, sizeof(m))
+
+
+cdef inline void lanes_max_sum(
+    const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES), count <= CHUNK
+    const floating* offset, const floating* low, const floating* round_by,  # in   of each lane, see exp_shifted
+    const floating* left_out,                                 # in   the index in the lane that is not added, or -1
+    floating* maximum,                                        # in/out   NaN is passed over: total has it
+    floating* total,                                          # in/out   sum of the exponentials
+) noexcept nogil:
+    cdef int i, l
+    cdef floating v, e
+    cdef floating o[LANES]
+    cdef floating b[LANES]
+    cdef floating r[LANES]
+    cdef floating out[LANES]
+    cdef floating m[LANES]
+    cdef floating s[LANES]
+    memcpy(o, offset, sizeof(o))
+    memcpy(b, low, sizeof(b))
+    memcpy(r, round_by, sizeof(r))
+    memcpy(out, left_out, sizeof(out))
+    memcpy(m, maximum, sizeof(m))
+    memcpy(s, total, sizeof(s))
+    for i in range(count):
+        for l in range(LANES):
+            v = x[i * stride + l]
+            m[l] = v if v > m[l] else m[l]
+            e = exp_shifted(v, o[l], b[l], r[l])
+            s[l] += 0 if <floating>i == out[l] else e
+    memcpy(maximum, m, sizeof(m))
+    memcpy(total, s, sizeof(s))
+
+
+cdef inline floating class_coefficient(floating w, floating q, floating keep, floating spread) noexcept nogil:
+    # w_c q'_c of SPEC S16 with q' = keep * q + spread. One place, so that sum and gradient round alike.
+    return w * (keep * q + spread)
+
+
+cdef inline void lanes_class_term(
+    const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES), count <= CHUNK
+    const floating* reference,                                # in   the maximum of each lane's row
+    const floating* weight, Py_ssize_t weight_stride, bint weight_across,  # in   NULL: 1. across: one class for all lanes
+    const floating* soft, Py_ssize_t soft_stride,             # in   NULL: q' = 1
+    floating keep, floating spread,
+    floating* term,                                           # in/out   sum of w q' (reference - x)
+    floating* mass,                                           # in/out   sum of w q'
+) noexcept nogil:
+    cdef int i, l
+    cdef floating k
+    cdef floating m[LANES]
+    cdef floating w[LANES]
+    cdef floating t[LANES]
+    cdef floating s[LANES]
+    memcpy(m, reference, sizeof(m))
+    memcpy(t, term, sizeof(t))
+    memcpy(s, mass, sizeof(s))
+    fill[floating](w, 1)
+    for i in range(count):
+        if weight != NULL:
+            if weight_across:
+                fill(w, weight[i * weight_stride])
+            else:
+                memcpy(w, weight + i * weight_stride, sizeof(w))
+        if soft != NULL:
+            for l in range(LANES):
+                k = class_coefficient(w[l], soft[i * soft_stride + l], keep, spread)
+                t[l] += 0 if k == 0 else k * (m[l] - x[i * stride + l])        # 0 log 0 = 0
+                s[l] += k
+        else:
+            for l in range(LANES):
+                t[l] += w[l] * (m[l] - x[i * stride + l])
+                s[l] += w[l]
+    memcpy(term, t, sizeof(t))
+    memcpy(mass, s, sizeof(s))
+
+
+cdef inline void lanes_gradient(
+    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
+    const floating* offset, const floating* low, const floating* round_by,
+    const floating* scale,                                    # in   of the exponentials
+    const floating* dead,                                     # in   not 0: an ignored row, its gradient is 0
+    const floating* unit,                                     # in   of w q'; NULL: no class term
+    const floating* weight, Py_ssize_t weight_stride, bint weight_across,
+    const floating* soft, Py_ssize_t soft_stride,
+    floating keep, floating spread,
+    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES), may be x itself
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating o[LANES]
+    cdef floating b[LANES]
+    cdef floating r[LANES]
+    cdef floating k[LANES]
+    cdef floating z[LANES]
+    cdef floating u[LANES]
+    cdef floating w[LANES]
+    cdef floating v[LANES]
+    cdef floating q[LANES]
+    memcpy(o, offset, sizeof(o))
+    memcpy(b, low, sizeof(b))
+    memcpy(r, round_by, sizeof(r))
+    memcpy(k, scale, sizeof(k))
+    memcpy(z, dead, sizeof(z))
+    if unit == NULL:
+        for i in range(count):
+            memcpy(v, x + i * stride, sizeof(v))
+            for l in range(LANES):
+                v[l] = exp_shifted(v[l], o[l], b[l], r[l]) * k[l]
+                v[l] = 0 if z[l] != 0 else v[l]
+            memcpy(grad + i * grad_stride, v, sizeof(v))
+        return
+    memcpy(u, unit, sizeof(u))
+    fill[floating](w, 1)
+    fill[floating](q, 1)
+    for i in range(count):
+        memcpy(v, x + i * stride, sizeof(v))
+        if weight != NULL:
+            if weight_across:
+                fill(w, weight[i * weight_stride])
+            else:
+                memcpy(w, weight + i * weight_stride, sizeof(w))
+        if soft != NULL:
+            memcpy(q, soft + i * soft_stride, sizeof(q))
+            for l in range(LANES):
+                q[l] = class_coefficient(w[l], q[l], keep, spread)
+        else:
+            memcpy(q, w, sizeof(q))
+        for l in range(LANES):
+            v[l] = exp_shifted(v[l], o[l], b[l], r[l]) * k[l] - u[l] * q[l]
+            v[l] = 0 if z[l] != 0 else v[l]
+        memcpy(grad + i * grad_stride, v, sizeof(v))
+
+
+cdef inline void lanes_dot(
+    const floating* a, Py_ssize_t a_stride,                   # in   (count, LANES), count <= CHUNK
+    const floating* b, Py_ssize_t b_stride,                   # in   NULL: 1
+    int count,
+    floating* total,                                          # in/out
+) noexcept nogil:
+    cdef int i, l
+    cdef floating s[LANES]
+    memcpy(s, total, sizeof(s))
+    for i in range(count):
+        for l in range(LANES):
+            s[l] += a[i * a_stride + l] * b[i * b_stride + l] if b != NULL else a[i * a_stride + l]
+    memcpy(total, s, sizeof(s))
+
+
+cdef inline double fold_sum(double* lanes, int width) noexcept nogil:
+    # in   lanes (LANES,)  overwritten; those from width on are +0, and adding them would change nothing
+    cdef int l
+    cdef int half = LANES // 2
+    while half > 0:
+        if half < width:
+            for l in range(half):
+                lanes[l] += lanes[l + half]
+        half = half // 2
+    return lanes[0]
+
+
+cdef inline floating fold_max(const floating* lanes) noexcept nogil:
+    # NaN is passed over, in the first lane as well
+    cdef int l
+    cdef floating m = -INFINITY
+    for l in range(LANES):
+        m = lanes[l] if lanes[l] > m else m
+    return m
+
+
+cdef inline void lanes_log_softmax(
+    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
+    const floating* maximum, const floating* log_total,       # in   of each lane's row; lse = maximum + log_total
+    floating* out, Py_ssize_t out_stride,                     # out  (count, LANES), may be x itself
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating m[LANES]
+    cdef floating t[LANES]
+    cdef floating v[LANES]
+    memcpy(m, maximum, sizeof(m))
+    memcpy(t, log_total, sizeof(t))
+    for i in range(count):
+        memcpy(v, x + i * stride, sizeof(v))
+        for l in range(LANES):
+            v[l] = (v[l] - m[l]) - t[l]
+        memcpy(out + i * out_stride, v, sizeof(v))
+
+
+cdef inline void lanes_softmax_backward(
+    const floating* output, Py_ssize_t stride,                # in   (count, LANES)
+    const floating* grad_output, Py_ssize_t grad_output_stride,  # in   (count, LANES)
+    Py_ssize_t count,
+    const floating* dot,                                      # in   sum of grad_output * output of each lane's row
+    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES)
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating d[LANES]
+    cdef floating v[LANES]
+    memcpy(d, dot, sizeof(d))
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = output[i * stride + l] * (grad_output[i * grad_output_stride + l] - d[l])
+        memcpy(grad + i * grad_stride, v, sizeof(v))
+
+
+cdef inline void lanes_log_softmax_backward(
+    const floating* output, Py_ssize_t stride,                # in   (count, LANES)
+    const floating* grad_output, Py_ssize_t grad_output_stride,  # in   (count, LANES)
+    Py_ssize_t count,
+    const floating* offset, const floating* low, const floating* round_by,
+    const floating* scale,                                    # in   of the exponentials: sum of grad_output
+    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES)
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating o[LANES]
+    cdef floating b[LANES]
+    cdef floating r[LANES]
+    cdef floating k[LANES]
+    cdef floating v[LANES]
+    memcpy(o, offset, sizeof(o))
+    memcpy(b, low, sizeof(b))
+    memcpy(r, round_by, sizeof(r))
+    memcpy(k, scale, sizeof(k))
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = grad_output[i * grad_output_stride + l] - exp_shifted(output[i * stride + l], o[l], b[l], r[l]) * k[l]
+        memcpy(grad + i * grad_stride, v, sizeof(v))

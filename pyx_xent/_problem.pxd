@@ -1,0 +1,48 @@
+# What a kernel gets: plain memory, checked by _arguments.pyx before it is put here. Nothing in it is looked at twice.
+#
+# Every array over classes is seen as (outer, classes, inner), whatever its axes were: (N, C) is (1, C, N), and
+# (N, C, d1..dk) is (N, C, d1*..*dk). A row is one (outer, inner) position; positions are numbered in C order.
+
+from libc.stdint cimport int64_t
+
+cdef enum:
+    LANES = 16                    # columns or rows that a kernel works on together: one AVX-512 register of floats
+    FEW_CLASSES = 32              # up to here LANES rows, transposed through a scratch, beat a row at a time
+
+cdef enum Operation:
+    CROSS_ENTROPY
+    NLL
+    SOFTMAX
+    LOG_SOFTMAX
+    SOFTMAX_BACKWARD
+    LOG_SOFTMAX_BACKWARD
+
+cdef struct ClassArray:
+    void* data                    # float or double; NULL: absent
+    Py_ssize_t outer              # strides, in elements
+    Py_ssize_t classes
+    Py_ssize_t inner
+
+cdef struct Problem:
+    Operation operation
+    bint is_double
+    int num_threads
+    Py_ssize_t outer
+    Py_ssize_t classes
+    Py_ssize_t inner
+    ClassArray logits             # in   NLL: log-probabilities; backward operations: the forward's output
+    ClassArray soft               # in   class probabilities; backward operations: grad_output
+    ClassArray grad               # out  softmax, log_softmax: the output
+    const int64_t* target         # in   (positions,)  -1: ignored, otherwise in [0, classes); NULL with soft targets
+    const void* weight            # in   (classes,)  of the logits' dtype; NULL: 1
+    const double* sample_weight   # in   (positions,)  NULL: 1
+    const double* grad_output     # in   (positions,)  NULL: 1
+    double grad_scale             # of the whole gradient: the scalar grad_output over the mean's divisor
+    double label_smoothing
+    double z_loss
+    double* loss                  # out  (positions,)  NULL: not wanted
+    double* row_max               # state for a later backward: out, or in if have_state; NULL: not wanted
+    double* row_others            # out or in  sum of exp(logit - max) over all classes but the target
+    bint have_state
+    void* scratch                 # (num_threads, scratch_size) of the logits' dtype
+    Py_ssize_t scratch_size

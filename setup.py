@@ -1,0 +1,92 @@
+"""Builds one extension per instruction set from one kernel source; everything static is in pyproject.toml.
+
+PYX_XENT_OPENMP=0 builds without OpenMP. A compiler that cannot link OpenMP is noticed and does the same.
+"""
+
+import os
+import platform
+import shlex
+import tempfile
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+# v3 is AVX2 + FMA, v4 is AVX-512 F/BW/CD/DQ/VL; _cpu.h checks for the same sets before a module is imported.
+ISA_FLAGS = {
+    "baseline": {"unix": [], "msvc": []},
+    "avx2": {"unix": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
+    "avx512": {"unix": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "msvc": ["/arch:AVX512"]},
+}
+# Not -ffast-math: NaN and infinity are inputs, and the order of additions is part of the result.
+KERNEL_FLAGS = {
+    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+    "msvc": ["/O2", "/fp:precise"],
+}
+OPENMP_FLAGS = {"unix": (["-fopenmp"], ["-fopenmp"]), "msvc": (["/openmp"], [])}
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,
+    "freethreading_compatible": True,
+}
+
+on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
+isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
+includes = [str(path) for path in sorted(Path("pyx_xent/_kernels").glob("*.pxi"))]
+
+
+class BuildKernels(build_ext):
+    """Adds the flags of the compiler at hand to each extension."""
+
+    def build_extensions(self):
+        kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        compile_openmp, link_openmp = OPENMP_FLAGS[kind] if self.has_openmp(kind) else ([], [])
+        for extension in self.extensions:
+            extension.extra_compile_args += compile_openmp
+            extension.extra_link_args += link_openmp
+            if "._kernels." in extension.name:
+                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[extension.name.rpartition(".")[2]][kind]
+        super().build_extensions()
+
+    def has_openmp(self, kind):
+        if os.environ.get("PYX_XENT_OPENMP", "1") == "0":
+            return False
+        compile_flags, link_flags = OPENMP_FLAGS[kind]
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "openmp.c")
+            source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=compile_flags + shlex.split(os.environ.get("CFLAGS", ""))
+                )
+                self.compiler.link_executable(objects, str(Path(folder, "openmp")), extra_postargs=link_flags)
+            except (CompileError, LinkError):
+                print("pyx_xent: this compiler has no OpenMP; building for one thread")
+                return False
+        return True
+
+
+def extension(name, **options):
+    return Extension(
+        name,
+        [name.replace(".", "/") + ".pyx"],
+        include_dirs=[numpy.get_include(), "pyx_xent"],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        **options,
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension("pyx_xent._arguments"), extension("pyx_xent._runtime", depends=["pyx_xent/_cpu.h"])]
+        + [extension(f"pyx_xent._kernels.{isa}", depends=includes) for isa in isas],
+        compiler_directives=DIRECTIVES,
+    ),
+    cmdclass={"build_ext": BuildKernels},
+)
