@@ -21,9 +21,11 @@ ISA_FLAGS = {
     "avx2": {"unix": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
     "avx512": {"unix": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "msvc": ["/arch:AVX512"]},
 }
+# The loops over lanes stay functions of their own: inlined into their callers, gcc 12 takes their arrays apart into scalars.
+KEEP_CALLS = ["-fno-inline-functions", "-fno-inline-small-functions", "-fno-inline-functions-called-once"]
 # Not -ffast-math: NaN and infinity are inputs, and the order of additions is part of the result.
 KERNEL_FLAGS = {
-    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *KEEP_CALLS],
     "msvc": ["/O2", "/fp:precise"],
 }
 OPENMP_FLAGS = {"unix": (["-fopenmp"], ["-fopenmp"]), "msvc": (["/openmp"], [])}

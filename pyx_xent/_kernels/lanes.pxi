@@ -25,13 +25,13 @@ cdef enum:
     CHUNK = 128
 
 
-cdef inline void fill(floating* lanes, floating value) noexcept nogil:
+cdef void fill(floating* lanes, floating value) noexcept nogil:
     cdef int l
     for l in range(LANES):
         lanes[l] = value
 
 
-cdef inline void lanes_max(
+cdef void lanes_max(
     const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
     floating* maximum,                                        # in/out   NaN is passed over
 ) noexcept nogil:
@@ -47,10 +47,10 @@ cdef inline void lanes_max(
     memcpy(maximum, m, sizeof(m))
 
 
-cdef inline void lanes_max_sum(
+cdef void lanes_max_sum(
     const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES), count <= CHUNK
     const floating* offset, const floating* low, const floating* round_by,  # in   of each lane, see exp_shifted
-    const floating* left_out,                                 # in   the index in the lane that is not added, or -1
+    const floating* left_out,                                 # in   i * LANES of the term that is not added, or negative
     floating* maximum,                                        # in/out   NaN is passed over: total has it
     floating* total,                                          # in/out   sum of the exponentials
 ) noexcept nogil:
@@ -73,7 +73,7 @@ cdef inline void lanes_max_sum(
             v = x[i * stride + l]
             m[l] = v if v > m[l] else m[l]
             e = exp_shifted(v, o[l], b[l], r[l])
-            s[l] += 0 if <floating>i == out[l] else e
+            s[l] += 0 if <floating>(i * LANES) == out[l] else e
     memcpy(maximum, m, sizeof(m))
     memcpy(total, s, sizeof(s))
 
@@ -83,7 +83,7 @@ cdef inline floating class_coefficient(floating w, floating q, floating keep, fl
     return w * (keep * q + spread)
 
 
-cdef inline void lanes_class_term(
+cdef void lanes_class_term(
     const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES), count <= CHUNK
     const floating* reference,                                # in   the maximum of each lane's row
     const floating* weight, Py_ssize_t weight_stride, bint weight_across,  # in   NULL: 1. across: one class for all lanes
@@ -93,39 +93,37 @@ cdef inline void lanes_class_term(
     floating* mass,                                           # in/out   sum of w q'
 ) noexcept nogil:
     cdef int i, l
-    cdef floating k
+    cdef floating v
     cdef floating m[LANES]
-    cdef floating w[LANES]
+    cdef floating k[LANES]
     cdef floating t[LANES]
     cdef floating s[LANES]
     memcpy(m, reference, sizeof(m))
     memcpy(t, term, sizeof(t))
     memcpy(s, mass, sizeof(s))
-    fill[floating](w, 1)
+    fill[floating](k, 1)
     for i in range(count):
         if weight != NULL:
-            if weight_across:
-                fill(w, weight[i * weight_stride])
-            else:
-                memcpy(w, weight + i * weight_stride, sizeof(w))
+            for l in range(LANES):
+                k[l] = weight[i * weight_stride] if weight_across else weight[i * weight_stride + l]
         if soft != NULL:
             for l in range(LANES):
-                k = class_coefficient(w[l], soft[i * soft_stride + l], keep, spread)
-                t[l] += 0 if k == 0 else k * (m[l] - x[i * stride + l])        # 0 log 0 = 0
-                s[l] += k
+                v = class_coefficient(k[l], soft[i * soft_stride + l], keep, spread)
+                t[l] += 0 if v == 0 else v * (m[l] - x[i * stride + l])        # 0 log 0 = 0
+                s[l] += v
         else:
             for l in range(LANES):
-                t[l] += w[l] * (m[l] - x[i * stride + l])
-                s[l] += w[l]
+                t[l] += k[l] * (m[l] - x[i * stride + l])
+                s[l] += k[l]
     memcpy(term, t, sizeof(t))
     memcpy(mass, s, sizeof(s))
 
 
-cdef inline void lanes_gradient(
+cdef void lanes_gradient(
     const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
     const floating* offset, const floating* low, const floating* round_by,
     const floating* scale,                                    # in   of the exponentials
-    const floating* dead,                                     # in   not 0: an ignored row, its gradient is 0
+    const floating* dead,                                     # in   not 0: an ignored row, its gradient is 0; NULL: none
     const floating* unit,                                     # in   of w q'; NULL: no class term
     const floating* weight, Py_ssize_t weight_stride, bint weight_across,
     const floating* soft, Py_ssize_t soft_stride,
@@ -142,43 +140,38 @@ cdef inline void lanes_gradient(
     cdef floating u[LANES]
     cdef floating w[LANES]
     cdef floating v[LANES]
-    cdef floating q[LANES]
     memcpy(o, offset, sizeof(o))
     memcpy(b, low, sizeof(b))
     memcpy(r, round_by, sizeof(r))
     memcpy(k, scale, sizeof(k))
-    memcpy(z, dead, sizeof(z))
-    if unit == NULL:
-        for i in range(count):
-            memcpy(v, x + i * stride, sizeof(v))
-            for l in range(LANES):
-                v[l] = exp_shifted(v[l], o[l], b[l], r[l]) * k[l]
-                v[l] = 0 if z[l] != 0 else v[l]
-            memcpy(grad + i * grad_stride, v, sizeof(v))
-        return
-    memcpy(u, unit, sizeof(u))
+    fill[floating](z, 0)
+    fill[floating](u, 0)
     fill[floating](w, 1)
-    fill[floating](q, 1)
+    if dead != NULL:
+        memcpy(z, dead, sizeof(z))
+    if unit != NULL:
+        memcpy(u, unit, sizeof(u))
     for i in range(count):
-        memcpy(v, x + i * stride, sizeof(v))
-        if weight != NULL:
-            if weight_across:
-                fill(w, weight[i * weight_stride])
-            else:
-                memcpy(w, weight + i * weight_stride, sizeof(w))
-        if soft != NULL:
-            memcpy(q, soft + i * soft_stride, sizeof(q))
-            for l in range(LANES):
-                q[l] = class_coefficient(w[l], q[l], keep, spread)
-        else:
-            memcpy(q, w, sizeof(q))
         for l in range(LANES):
-            v[l] = exp_shifted(v[l], o[l], b[l], r[l]) * k[l] - u[l] * q[l]
-            v[l] = 0 if z[l] != 0 else v[l]
-        memcpy(grad + i * grad_stride, v, sizeof(v))
+            v[l] = exp_shifted(x[i * stride + l], o[l], b[l], r[l]) * k[l]
+        if unit != NULL:
+            if weight != NULL:
+                for l in range(LANES):
+                    w[l] = weight[i * weight_stride] if weight_across else weight[i * weight_stride + l]
+            if soft != NULL:
+                for l in range(LANES):
+                    v[l] -= u[l] * class_coefficient(w[l], soft[i * soft_stride + l], keep, spread)
+            else:
+                for l in range(LANES):
+                    v[l] -= u[l] * w[l]
+        if dead != NULL:
+            for l in range(LANES):
+                v[l] = 0 if z[l] != 0 else v[l]
+        for l in range(LANES):
+            grad[i * grad_stride + l] = v[l]
 
 
-cdef inline void lanes_dot(
+cdef void lanes_dot(
     const floating* a, Py_ssize_t a_stride,                   # in   (count, LANES), count <= CHUNK
     const floating* b, Py_ssize_t b_stride,                   # in   NULL: 1
     int count,
@@ -193,28 +186,38 @@ cdef inline void lanes_dot(
     memcpy(total, s, sizeof(s))
 
 
-cdef inline double fold_sum(double* lanes, int width) noexcept nogil:
-    # in   lanes (LANES,)  overwritten; those from width on are +0, and adding them would change nothing
+cdef void add_lanes(double* sums, const floating* s) noexcept nogil:
     cdef int l
-    cdef int half = LANES // 2
-    while half > 0:
-        if half < width:
-            for l in range(half):
-                lanes[l] += lanes[l + half]
-        half = half // 2
-    return lanes[0]
-
-
-cdef inline floating fold_max(const floating* lanes) noexcept nogil:
-    # NaN is passed over, in the first lane as well
-    cdef int l
-    cdef floating m = -INFINITY
     for l in range(LANES):
-        m = lanes[l] if lanes[l] > m else m
-    return m
+        sums[l] += s[l]
 
 
-cdef inline void lanes_log_softmax(
+cdef double fold_sum(double* lanes) noexcept nogil:
+    # in   lanes (LANES,)  overwritten
+    cdef int l
+    for l in range(8):
+        lanes[l] += lanes[l + 8]
+    for l in range(4):
+        lanes[l] += lanes[l + 4]
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+
+
+cdef floating fold_max(const floating* lanes) noexcept nogil:
+    # NaN is passed over: it becomes -inf.
+    cdef int l
+    cdef floating m[LANES]
+    for l in range(LANES):
+        m[l] = lanes[l] if lanes[l] > -INFINITY else -INFINITY
+    for l in range(8):
+        m[l] = m[l + 8] if m[l + 8] > m[l] else m[l]
+    for l in range(4):
+        m[l] = m[l + 4] if m[l + 4] > m[l] else m[l]
+    m[0] = m[2] if m[2] > m[0] else m[0]
+    m[1] = m[3] if m[3] > m[1] else m[1]
+    return m[1] if m[1] > m[0] else m[0]
+
+
+cdef void lanes_log_softmax(
     const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
     const floating* maximum, const floating* log_total,       # in   of each lane's row; lse = maximum + log_total
     floating* out, Py_ssize_t out_stride,                     # out  (count, LANES), may be x itself
@@ -227,13 +230,13 @@ cdef inline void lanes_log_softmax(
     memcpy(m, maximum, sizeof(m))
     memcpy(t, log_total, sizeof(t))
     for i in range(count):
-        memcpy(v, x + i * stride, sizeof(v))
         for l in range(LANES):
-            v[l] = (v[l] - m[l]) - t[l]
-        memcpy(out + i * out_stride, v, sizeof(v))
+            v[l] = (x[i * stride + l] - m[l]) - t[l]
+        for l in range(LANES):
+            out[i * out_stride + l] = v[l]
 
 
-cdef inline void lanes_softmax_backward(
+cdef void lanes_softmax_backward(
     const floating* output, Py_ssize_t stride,                # in   (count, LANES)
     const floating* grad_output, Py_ssize_t grad_output_stride,  # in   (count, LANES)
     Py_ssize_t count,
@@ -248,10 +251,11 @@ cdef inline void lanes_softmax_backward(
     for i in range(count):
         for l in range(LANES):
             v[l] = output[i * stride + l] * (grad_output[i * grad_output_stride + l] - d[l])
-        memcpy(grad + i * grad_stride, v, sizeof(v))
+        for l in range(LANES):
+            grad[i * grad_stride + l] = v[l]
 
 
-cdef inline void lanes_log_softmax_backward(
+cdef void lanes_log_softmax_backward(
     const floating* output, Py_ssize_t stride,                # in   (count, LANES)
     const floating* grad_output, Py_ssize_t grad_output_stride,  # in   (count, LANES)
     Py_ssize_t count,
@@ -273,4 +277,5 @@ cdef inline void lanes_log_softmax_backward(
     for i in range(count):
         for l in range(LANES):
             v[l] = grad_output[i * grad_output_stride + l] - exp_shifted(output[i * stride + l], o[l], b[l], r[l]) * k[l]
-        memcpy(grad + i * grad_stride, v, sizeof(v))
+        for l in range(LANES):
+            grad[i * grad_stride + l] = v[l]

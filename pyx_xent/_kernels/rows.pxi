@@ -110,20 +110,18 @@ cdef inline double row_max_sum(
         first = chunk * CHUNK
         count = min(<Py_ssize_t>CHUNK, strips - first)
         whole = min(count, classes // LANES - first)
-        fill[floating](left_out, -1)
-        if excluded // LANES >= first and excluded // LANES < first + count and excluded >= 0:
-            left_out[excluded % LANES] = <floating>(excluded // LANES - first)
+        for l in range(LANES):
+            left_out[l] = <floating>(excluded - first * LANES - l)
         fill[floating](s, 0)
         lanes_max_sum(x + first * LANES, LANES, <int>whole, offset, low, round_by, left_out, m, s)
         if whole < count:
             padded(x + (first + whole) * LANES, classes % LANES, <floating>-INFINITY, strip)
             for l in range(LANES):
-                left_out[l] -= whole
+                left_out[l] -= whole * LANES
             lanes_max_sum(strip, LANES, 1, offset, low, round_by, left_out, m, s)
-        for l in range(LANES):
-            sums[l] += s[l]
+        add_lanes(sums, s)
     maximum[0] = fold_max(m)
-    return fold_sum(sums, LANES)
+    return fold_sum(sums)
 
 
 cdef inline Py_ssize_t position_of(
@@ -154,8 +152,11 @@ cdef inline Py_ssize_t row_state(
     cdef floating strip[LANES]
     cdef double reference, total, of_max
     cdef Shift shift
-    padded(x, min(classes, <Py_ssize_t>LANES), <floating>-INFINITY, strip)
-    reference = fold_max(strip)
+    if classes >= LANES:
+        reference = fold_max(x)
+    else:
+        padded(x, classes, <floating>-INFINITY, strip)
+        reference = fold_max(strip)
     if excluded >= 0 and x[excluded] > reference:
         reference = x[excluded]
     shift = shift_for[floating](reference, 0)
@@ -219,11 +220,10 @@ cdef inline void row_class_term(
                 strip, LANES, 1, reference, weight_strip, LANES, False,
                 soft_strip if soft != NULL else NULL, LANES, keep, spread, t, s,
             )
-        for l in range(LANES):
-            terms[l] += t[l]
-            masses[l] += s[l]
-    term[0] = fold_sum(terms, LANES)
-    mass[0] = fold_sum(masses, LANES)
+        add_lanes(terms, t)
+        add_lanes(masses, s)
+    term[0] = fold_sum(terms)
+    mass[0] = fold_sum(masses)
 
 
 cdef inline void row_gradient(
@@ -236,7 +236,6 @@ cdef inline void row_gradient(
     cdef floating low[LANES]
     cdef floating round_by[LANES]
     cdef floating scales[LANES]
-    cdef floating dead[LANES]
     cdef floating units[LANES]
     cdef floating strip[LANES]
     cdef floating weight_strip[LANES]
@@ -247,10 +246,9 @@ cdef inline void row_gradient(
     cdef Py_ssize_t at = whole * LANES, c
     shift_lanes(shift, room, offset, low, round_by)
     fill(scales, <floating>(scale / exp_of_shifted(maximum, shift, room)))
-    fill[floating](dead, 0)
     fill(units, <floating>unit)
     lanes_gradient(
-        x, LANES, whole, offset, low, round_by, scales, dead, units if unit != 0 else NULL,
+        x, LANES, whole, offset, low, round_by, scales, NULL, units if unit != 0 else NULL,
         weight, LANES, False, soft, LANES, keep, spread, grad, LANES,
     )
     if at < classes:
@@ -260,7 +258,7 @@ cdef inline void row_gradient(
         if soft != NULL:
             padded(soft + at, classes - at, <floating>0, soft_strip)
         lanes_gradient(
-            strip, LANES, 1, offset, low, round_by, scales, dead, units if unit != 0 else NULL,
+            strip, LANES, 1, offset, low, round_by, scales, NULL, units if unit != 0 else NULL,
             weight_strip if weight != NULL else NULL, LANES, False,
             soft_strip if soft != NULL else NULL, LANES, keep, spread, strip, LANES,
         )
@@ -360,9 +358,8 @@ cdef inline double row_dot(const floating* a, const floating* b, Py_ssize_t clas
             if b != NULL:
                 padded(b + at, classes - at, <floating>0, strip_b)
             lanes_dot(strip_a, LANES, strip_b if b != NULL else NULL, LANES, 1, s)
-        for l in range(LANES):
-            sums[l] += s[l]
-    return fold_sum(sums, LANES)
+        add_lanes(sums, s)
+    return fold_sum(sums)
 
 
 cdef inline double exp_scale_of_log_probs(double largest, Shift shift, double total, floating kind) noexcept nogil:

@@ -13,8 +13,7 @@ cdef inline void tile_max_sum(
     cdef floating low[LANES]
     cdef floating round_by[LANES]
     cdef floating left_out[LANES]
-    cdef floating excluded_lane[LANES]
-    cdef floating excluded_index[LANES]
+    cdef double excluded_class[LANES]
     cdef floating s[LANES]
     cdef double sums[LANES * LANES]
     cdef Py_ssize_t chunk, count, first, residues = min(classes, <Py_ssize_t>LANES)
@@ -23,8 +22,7 @@ cdef inline void tile_max_sum(
         offset[l] = <floating>shift[l].offset
         low[l] = <floating>lowest[floating](shift[l], headroom[floating](0), 0)
         round_by[l] = <floating>rounder[floating](shift[l], headroom[floating](0), 0)
-        excluded_lane[l] = <floating>(excluded[l] % LANES) if excluded[l] >= 0 else -1
-        excluded_index[l] = <floating>(excluded[l] // LANES)
+        excluded_class[l] = <double>excluded[l]
     fill[floating](maximum, -INFINITY)
     for j in range(residues):
         fill[double](sums + j * LANES, 0)
@@ -32,14 +30,13 @@ cdef inline void tile_max_sum(
         for chunk in range((count + CHUNK - 1) // CHUNK):
             first = chunk * CHUNK
             for l in range(LANES):
-                left_out[l] = excluded_index[l] - first if excluded_lane[l] == j else -1
+                left_out[l] = <floating>(excluded_class[l] - <double>(first * LANES + j))
             fill[floating](s, 0)
             lanes_max_sum(
                 x + (first * LANES + j) * stride, LANES * stride, <int>min(<Py_ssize_t>CHUNK, count - first),
                 offset, low, round_by, left_out, maximum, s,
             )
-            for l in range(LANES):
-                sums[j * LANES + l] += s[l]
+            add_lanes(sums + j * LANES, s)
     fold_tile(sums, residues, total)
 
 
@@ -135,9 +132,8 @@ cdef inline void tile_class_term(
                 weight + at if weight != NULL else NULL, LANES, True,
                 soft + at * soft_stride if soft != NULL else NULL, LANES * soft_stride, keep, spread, t, s,
             )
-            for l in range(LANES):
-                terms[j * LANES + l] += t[l]
-                masses[j * LANES + l] += s[l]
+            add_lanes(terms + j * LANES, t)
+            add_lanes(masses + j * LANES, s)
     fold_tile(terms, residues, term)
     fold_tile(masses, residues, mass)
 
@@ -145,7 +141,7 @@ cdef inline void tile_class_term(
 cdef inline void tile_gradient(
     const floating* x, Py_ssize_t stride, Py_ssize_t classes,
     const double* maximum, const double* scale, const double* unit,  # in   (LANES,)  see row_gradient; unit NULL: 0
-    const floating* dead,                     # in   (LANES,)
+    const floating* dead,                     # in   (LANES,) or NULL
     const floating* weight, const floating* soft, Py_ssize_t soft_stride, floating keep, floating spread,
     floating* grad, Py_ssize_t grad_stride,
 ) noexcept nogil:
@@ -279,7 +275,6 @@ cdef inline void tile_softmax(
 ) noexcept nogil:
     cdef floating m[LANES]
     cdef floating t[LANES]
-    cdef floating dead[LANES]
     cdef Py_ssize_t excluded[LANES]
     cdef double maximum[LANES]
     cdef double others[LANES]
@@ -296,9 +291,8 @@ cdef inline void tile_softmax(
         return
     for l in range(LANES):
         scale[l] = 1.0 / (1.0 + others[l])
-    fill[floating](dead, 0)
     tile_gradient(
-        x, stride, p.classes, maximum, scale, NULL, dead,
+        x, stride, p.classes, maximum, scale, NULL, NULL,
         <const floating*>NULL, <const floating*>NULL, 0, 0, 0, out, out_stride,
     )
 
@@ -331,8 +325,7 @@ cdef inline void tile_backward(
                 grad_output + at * grad_output_stride, LANES * grad_output_stride,
                 output + at * stride if weighted else NULL, LANES * stride, <int>min(<Py_ssize_t>CHUNK, count - first), s,
             )
-            for l in range(LANES):
-                sums[j * LANES + l] += s[l]
+            add_lanes(sums + j * LANES, s)
     fold_tile(sums, residues, total)
     if weighted:
         for l in range(LANES):
