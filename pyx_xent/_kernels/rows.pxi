@@ -7,8 +7,8 @@
 
 cdef struct RowLoss:
     double loss
-    double scale          # A of SPEC S31 over the total: gradient = scale * e^(x - max) - unit * w_c q'_c
-    double unit
+    double scale          # of e^(x - maximum) in the gradient: A of SPEC S31 over the total
+    double unit           # of w_c q'_c in the gradient
     double at_excluded    # the gradient of the class left out of `others`
 
 
@@ -18,48 +18,41 @@ cdef inline double confident_below(floating kind) noexcept nogil:
 
 
 cdef inline RowLoss loss_of_row(
-    const Problem* p, Py_ssize_t position,
     double maximum, double others,            # in   of the row
     double excluded_exp,                      # in   e^(x - maximum) of the class left out
     double log_total,                         # in   log(others + excluded_exp)
-    double nll,                               # in   lse - target logit
-    double target_weight,                     # in   w_y
+    double hard, double nll,                  # in   (1 - label_smoothing) w_y, and lse - target logit; soft targets: 0, 0
+    double spread,                            # in   label_smoothing / classes; soft targets: 1
     double term, double mass,                 # in   sums of w q' (maximum - x) and of w q'
     double excluded_mass,                     # in   w q' of the class left out
+    double z_loss,
+    double sample, double g,                  # in   sample weight, and upstream gradient with all its factors
 ) noexcept nogil:
-    # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the entry of one class.
+    # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the entry of one class. No branches,
+    # so that a loop over rows is vectorised.
     cdef RowLoss row
     cdef double total = others + excluded_exp
     cdef double share = others / total
-    cdef double sample = p.sample_weight[position] if p.sample_weight != NULL else 1.0
-    cdef double g = p.grad_scale * sample
-    cdef double hard, spread, a, at_excluded
-    if p.grad_output != NULL:
-        g = g * p.grad_output[position]
-    if p.target != NULL:
-        hard = (1.0 - p.label_smoothing) * target_weight
-        spread = p.label_smoothing / p.classes
-        row.loss = hard * nll
-        if spread != 0:
-            row.loss += spread * (term + mass * log_total)
-    else:
-        hard = 0.0
-        spread = 1.0
-        row.loss = term + mass * log_total
-    a = hard + spread * mass
-    at_excluded = hard + spread * excluded_mass
-    if p.z_loss != 0:
-        row.loss += p.z_loss * (maximum + log_total) * (maximum + log_total)
-        a += 2.0 * p.z_loss * (maximum + log_total)
-    row.loss *= sample
-    # A p - K for the class left out, from the others' share where p is near 1.
-    if share > 0.5:
-        row.at_excluded = g * (a * (excluded_exp / total) - at_excluded)
-    else:
-        row.at_excluded = g * ((a - at_excluded) - a * share)
+    cdef double lse = maximum + log_total
+    cdef double a = (hard + spread * mass) + (2.0 * z_loss * lse if z_loss != 0 else 0.0)
+    cdef double at_excluded = hard + spread * excluded_mass
+    cdef double loss = hard * nll + (spread * (term + mass * log_total) if spread != 0 else 0.0)
+    # A p - K for the class left out; from the others' share where p is near 1.
+    cdef double small = a * (excluded_exp / total) - at_excluded
+    cdef double large = (a - at_excluded) - a * share
+    row.loss = sample * (loss + (z_loss * lse * lse if z_loss != 0 else 0.0))
+    row.at_excluded = g * (small if share > 0.5 else large)
     row.scale = g * a / total
     row.unit = g * spread
     return row
+
+
+cdef inline double sample_of(const Problem* p, Py_ssize_t position) noexcept nogil:
+    return p.sample_weight[position] if p.sample_weight != NULL else 1.0
+
+
+cdef inline double upstream(const Problem* p, Py_ssize_t position) noexcept nogil:
+    return p.grad_scale * sample_of(p, position) * (p.grad_output[position] if p.grad_output != NULL else 1.0)
 
 
 cdef inline void shift_lanes(
@@ -276,7 +269,7 @@ cdef inline void row_cross_entropy(
     cdef floating keep = <floating>(1.0 - p.label_smoothing)
     cdef floating spread = <floating>(p.label_smoothing / classes) if p.target == NULL else 0
     cdef double maximum, others, term = 0.0, mass = 0.0, excluded_mass = 1.0
-    cdef double target_weight = 1.0, excluded_exp = 1.0, nll = 0.0, log_total
+    cdef double hard = 0.0, nll = 0.0, excluded_exp = 1.0, log_total
     cdef RowLoss row
     if p.have_state:
         maximum = p.row_max[position]
@@ -296,12 +289,13 @@ cdef inline void row_cross_entropy(
             excluded_mass = class_coefficient(<floating>excluded_mass, soft[excluded], keep, spread)
     log_total = log1p_of_sum(others + (excluded_exp - 1.0))
     if p.target != NULL:
-        nll = (maximum - x[excluded]) + log_total
-        target_weight = excluded_mass
+        nll = log_total - (x[excluded] - maximum)
+        hard = (1.0 - p.label_smoothing) * excluded_mass
     if p.target == NULL or p.label_smoothing != 0:
         row_class_term(x, classes, maximum, weight, soft, keep, spread, &term, &mass)
     row = loss_of_row(
-        p, position, maximum, others, excluded_exp, log_total, nll, target_weight, term, mass, excluded_mass
+        maximum, others, excluded_exp, log_total, hard, nll, p.label_smoothing / classes if p.target != NULL else 1.0,
+        term, mass, excluded_mass, p.z_loss, sample_of(p, position), upstream(p, position),
     )
     if p.loss != NULL:
         p.loss[position] = row.loss

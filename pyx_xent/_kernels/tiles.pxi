@@ -3,44 +3,79 @@
 # Each function has its single-row twin in rows.pxi and adds in the same order, so that a row's bits are the same here.
 
 
-cdef inline void tile_max_sum(
+cdef struct TileShift:        # Shift of each lane
+    double offset[LANES]
+    double exponent[LANES]
+
+
+cdef void shift_tile(const double* reference, TileShift* shift, floating kind) noexcept nogil:
+    cdef int l
+    cdef Shift one
+    for l in range(LANES):
+        one = shift_for[floating](reference[l], 0)
+        shift.offset[l] = one.offset
+        shift.exponent[l] = one.exponent
+
+
+cdef void tile_constants(
+    const TileShift* shift, const double* room,
+    floating* offset, floating* low, floating* round_by,      # out  (LANES,)  see exp_shifted
+) noexcept nogil:
+    cdef int l
+    cdef Shift one
+    for l in range(LANES):
+        one.offset = shift.offset[l]
+        one.exponent = shift.exponent[l]
+        offset[l] = <floating>one.offset
+        low[l] = <floating>lowest[floating](one, room[l], 0)
+        round_by[l] = <floating>rounder[floating](one, room[l], 0)
+
+
+cdef void tile_exp_shifted(const double* x, const TileShift* shift, const double* room, double* result) noexcept nogil:
+    cdef int l
+    cdef Shift one
+    for l in range(LANES):
+        one.offset = shift.offset[l]
+        one.exponent = shift.exponent[l]
+        result[l] = exp_of_shifted(x[l], one, room[l])
+
+
+cdef void tile_max_sum(
     const floating* x, Py_ssize_t stride, Py_ssize_t classes,
-    const Py_ssize_t* excluded,               # in   (LANES,)  the class that is not added, or -1
-    const Shift* shift,                       # in   (LANES,)
-    floating* maximum, double* total,         # out  (LANES,)
+    const double* excluded,                   # in   (LANES,)  the class that is not added, or -1
+    const TileShift* shift, const double* room,
+    double* maximum, double* total,           # out  (LANES,)
 ) noexcept nogil:
     cdef floating offset[LANES]
     cdef floating low[LANES]
     cdef floating round_by[LANES]
     cdef floating left_out[LANES]
-    cdef double excluded_class[LANES]
+    cdef floating m[LANES]
     cdef floating s[LANES]
     cdef double sums[LANES * LANES]
     cdef Py_ssize_t chunk, count, first, residues = min(classes, <Py_ssize_t>LANES)
     cdef int l, j
-    for l in range(LANES):
-        offset[l] = <floating>shift[l].offset
-        low[l] = <floating>lowest[floating](shift[l], headroom[floating](0), 0)
-        round_by[l] = <floating>rounder[floating](shift[l], headroom[floating](0), 0)
-        excluded_class[l] = <double>excluded[l]
-    fill[floating](maximum, -INFINITY)
+    tile_constants(shift, room, offset, low, round_by)
+    fill[floating](m, -INFINITY)
     for j in range(residues):
         fill[double](sums + j * LANES, 0)
         count = (classes - j + LANES - 1) // LANES
         for chunk in range((count + CHUNK - 1) // CHUNK):
             first = chunk * CHUNK
             for l in range(LANES):
-                left_out[l] = <floating>(excluded_class[l] - <double>(first * LANES + j))
+                left_out[l] = <floating>(excluded[l] - <double>(first * LANES + j))
             fill[floating](s, 0)
             lanes_max_sum(
                 x + (first * LANES + j) * stride, LANES * stride, <int>min(<Py_ssize_t>CHUNK, count - first),
-                offset, low, round_by, left_out, maximum, s,
+                offset, low, round_by, left_out, m, s,
             )
             add_lanes(sums + j * LANES, s)
     fold_tile(sums, residues, total)
+    for l in range(LANES):
+        maximum[l] = m[l]
 
 
-cdef inline void fold_tile(
+cdef void fold_tile(
     double* sums,                             # in   (residues, LANES)  overwritten
     Py_ssize_t residues, double* total,       # out  (LANES,)
 ) noexcept nogil:
@@ -55,56 +90,58 @@ cdef inline void fold_tile(
     memcpy(total, sums, LANES * sizeof(double))
 
 
-cdef inline void tile_state(
+cdef void tile_state(
     const floating* x, Py_ssize_t stride, Py_ssize_t classes,
-    Py_ssize_t* excluded,                     # in/out  (LANES,)  see row_state
+    double* excluded,                         # in/out  (LANES,)  see row_state
     bint keep_digits,
     double* maximum, double* others,          # out  (LANES,)
 ) noexcept nogil:
-    cdef floating reference[LANES]
-    cdef floating m[LANES]
+    cdef floating largest[LANES]
+    cdef double reference[LANES]
     cdef double total[LANES]
     cdef double of_max[LANES]
-    cdef Py_ssize_t without[LANES]
-    cdef Shift shift[LANES]
-    cdef floating v
-    cdef bint again = False
-    cdef int l
-    fill[floating](reference, -INFINITY)
-    lanes_max(x, stride, min(classes, <Py_ssize_t>LANES), reference)
+    cdef double room[LANES]
+    cdef double without[LANES]
+    cdef TileShift shift
+    cdef int l, missed = 0, confident = 0
+    fill[floating](largest, -INFINITY)
+    lanes_max(x, stride, min(classes, <Py_ssize_t>LANES), largest)
+    if classes > LANES:                       # else the target is among them
+        for l in range(LANES):
+            if excluded[l] >= 0 and x[<Py_ssize_t>excluded[l] * stride + l] > largest[l]:
+                largest[l] = x[<Py_ssize_t>excluded[l] * stride + l]
     for l in range(LANES):
-        if excluded[l] >= 0:
-            v = x[excluded[l] * stride + l]
-            reference[l] = v if v > reference[l] else reference[l]
-        shift[l] = shift_for[floating](reference[l], 0)
-    tile_max_sum(x, stride, classes, excluded, shift, m, total)
+        reference[l] = largest[l]
+    fill(room, headroom[floating](0))
+    shift_tile[floating](reference, &shift, 0)
+    tile_max_sum(x, stride, classes, excluded, &shift, room, maximum, total)
     for l in range(LANES):
-        if misses[floating](m[l], reference[l], 0):
-            shift[l] = shift_for[floating](m[l], 0)
-            again = True
-    if again:
-        tile_max_sum(x, stride, classes, excluded, shift, m, total)
-    again = False
+        missed |= misses[floating](maximum[l], reference[l], 0)
+    if missed:
+        for l in range(LANES):
+            if misses[floating](maximum[l], reference[l], 0):
+                reference[l] = maximum[l]
+        shift_tile[floating](reference, &shift, 0)
+        tile_max_sum(x, stride, classes, excluded, &shift, room, maximum, total)
+    tile_exp_shifted(maximum, &shift, room, of_max)
     for l in range(LANES):
-        maximum[l] = m[l]
-        of_max[l] = exp_of_shifted(m[l], shift[l], headroom[floating](0))
-        others[l] = total[l] / of_max[l]
+        others[l] = total[l] / of_max[l] - (1.0 if excluded[l] < 0 else 0.0)
+    if not keep_digits:
+        return
     for l in range(LANES):
-        without[l] = -1
-        if excluded[l] < 0:
-            others[l] = others[l] - 1.0
-            if keep_digits and others[l] < confident_below[floating](0):
-                without[l] = position_of(x + l, classes, stride, m[l])
-                again = True
-    if again:
-        tile_max_sum(x, stride, classes, without, shift, m, total)
+        without[l] = -1.0
+        if excluded[l] < 0 and others[l] < confident_below[floating](0):
+            without[l] = position_of(x + l, classes, stride, <floating>maximum[l])
+            confident = 1
+    if confident:
+        tile_max_sum(x, stride, classes, without, &shift, room, maximum, total)
         for l in range(LANES):
             if without[l] >= 0:
                 others[l] = total[l] / of_max[l]
                 excluded[l] = without[l]
 
 
-cdef inline void tile_class_term(
+cdef void tile_class_term(
     const floating* x, Py_ssize_t stride, Py_ssize_t classes, const double* maximum,
     const floating* weight, const floating* soft, Py_ssize_t soft_stride, floating keep, floating spread,
     double* term, double* mass,               # out  (LANES,)
@@ -138,7 +175,7 @@ cdef inline void tile_class_term(
     fold_tile(masses, residues, mass)
 
 
-cdef inline void tile_gradient(
+cdef void tile_gradient(
     const floating* x, Py_ssize_t stride, Py_ssize_t classes,
     const double* maximum, const double* scale, const double* unit,  # in   (LANES,)  see row_gradient; unit NULL: 0
     const floating* dead,                     # in   (LANES,) or NULL
@@ -150,17 +187,18 @@ cdef inline void tile_gradient(
     cdef floating round_by[LANES]
     cdef floating scales[LANES]
     cdef floating units[LANES]
-    cdef double room
-    cdef Shift shift
+    cdef double room[LANES]
+    cdef double of_max[LANES]
+    cdef TileShift shift
     cdef int l
     for l in range(LANES):
-        room = gradient_room[floating](scale[l], 0)
-        shift = shift_for[floating](maximum[l], 0)
-        offset[l] = <floating>shift.offset
-        low[l] = <floating>lowest[floating](shift, room, 0)
-        round_by[l] = <floating>rounder[floating](shift, room, 0)
-        scales[l] = <floating>(scale[l] / exp_of_shifted(maximum[l], shift, room))
+        room[l] = gradient_room[floating](scale[l], 0)
         units[l] = <floating>unit[l] if unit != NULL else 0
+    shift_tile[floating](maximum, &shift, 0)
+    tile_constants(&shift, room, offset, low, round_by)
+    tile_exp_shifted(maximum, &shift, room, of_max)
+    for l in range(LANES):
+        scales[l] = <floating>(scale[l] / of_max[l])
     lanes_gradient(
         x, stride, classes, offset, low, round_by, scales, dead, units if unit != NULL else NULL,
         weight, 1, True, soft, soft_stride, keep, spread, grad, grad_stride,
@@ -178,28 +216,32 @@ cdef inline void tile_cross_entropy(
     cdef floating keep = <floating>(1.0 - p.label_smoothing)
     cdef floating spread = <floating>(p.label_smoothing / classes) if p.target == NULL else 0
     cdef bint has_class_term = p.target == NULL or p.label_smoothing != 0
+    cdef double smoothing = p.label_smoothing / classes if p.target != NULL else 1.0
     cdef floating dead[LANES]
-    cdef Py_ssize_t excluded[LANES]
+    cdef double excluded[LANES]               # a class, or -1: as double, to be vectorised
+    cdef double at_excluded_logit[LANES]      # that logit less the maximum
+    cdef double excluded_mass[LANES]
     cdef double maximum[LANES]
     cdef double others[LANES]
-    cdef double excluded_exp[LANES]
-    cdef double log_total[LANES]
     cdef double term[LANES]
     cdef double mass[LANES]
+    cdef double hard[LANES]
+    cdef double sample[LANES]
+    cdef double g[LANES]
+    cdef double loss[LANES]
     cdef double scale[LANES]
     cdef double unit[LANES]
     cdef double at_excluded[LANES]
-    cdef double excluded_mass, nll
-    cdef RowLoss row
     cdef Py_ssize_t c
     cdef int l, live = 0
     for l in range(LANES):
         excluded[l] = p.target[position + l] if p.target != NULL and l < rows else -1
         dead[l] = 1 if l >= rows or (p.target != NULL and excluded[l] < 0) else 0
         live += dead[l] == 0
-    if live == 0:
-        for l in range(rows):
+    for l in range(rows):
+        if dead[l] != 0:
             ignore_row(p, position + l)
+    if live == 0:
         if grad != NULL:
             for c in range(classes):
                 fill[floating](grad + c * grad_stride, 0)
@@ -218,48 +260,65 @@ cdef inline void tile_cross_entropy(
                     p.row_max[position + l] = maximum[l]
                     p.row_others[position + l] = others[l]
     for l in range(LANES):
-        excluded_exp[l] = x[excluded[l] * stride + l] - maximum[l] if excluded[l] >= 0 else 0
-    for l in range(LANES):
-        excluded_exp[l] = exp_below_zero(excluded_exp[l])
-        log_total[l] = log1p_of_sum(others[l] + (excluded_exp[l] - 1.0))
+        at_excluded_logit[l] = 0
+        excluded_mass[l] = 1
+        sample[l] = sample_of(p, position + l) if l < rows else 0
+        g[l] = upstream(p, position + l) if l < rows else 0
+        if excluded[l] >= 0:
+            c = <Py_ssize_t>excluded[l]
+            at_excluded_logit[l] = x[c * stride + l] - maximum[l]
+            if weight != NULL:
+                excluded_mass[l] = weight[c]
+            if soft != NULL:
+                excluded_mass[l] = class_coefficient(<floating>excluded_mass[l], soft[c * soft_stride + l], keep, spread)
+        hard[l] = (1.0 - p.label_smoothing) * excluded_mass[l] if p.target != NULL else 0.0
     fill[double](term, 0)
     fill[double](mass, 0)
     if has_class_term:
         tile_class_term(x, stride, classes, maximum, weight, soft, soft_stride, keep, spread, term, mass)
-    for l in range(LANES):
-        if dead[l] != 0:
-            scale[l] = 0
-            unit[l] = 0
-            if l < rows:
-                ignore_row(p, position + l)
-            continue
-        excluded_mass = 1.0
-        nll = 0.0
-        if excluded[l] >= 0:
-            if weight != NULL:
-                excluded_mass = weight[excluded[l]]
-            if soft != NULL:
-                excluded_mass = class_coefficient(
-                    <floating>excluded_mass, soft[excluded[l] * soft_stride + l], keep, spread
-                )
-            nll = (maximum[l] - x[excluded[l] * stride + l]) + log_total[l]
-        row = loss_of_row(
-            p, position + l, maximum[l], others[l], excluded_exp[l], log_total[l], nll, excluded_mass,
-            term[l], mass[l], excluded_mass,
-        )
-        if p.loss != NULL:
-            p.loss[position + l] = row.loss
-        scale[l] = row.scale
-        unit[l] = row.unit
-        at_excluded[l] = row.at_excluded
+    tile_loss(
+        maximum, others, at_excluded_logit, hard, smoothing, term, mass, excluded_mass, p.z_loss, sample, g,
+        p.target != NULL, loss, scale, unit, at_excluded,
+    )
+    if p.loss != NULL:
+        for l in range(rows):
+            if dead[l] == 0:
+                p.loss[position + l] = loss[l]
     if grad != NULL:
         tile_gradient(
-            x, stride, classes, maximum, scale, unit if has_class_term else NULL, dead,
+            x, stride, classes, maximum, scale, unit if has_class_term else NULL, dead if live < LANES else NULL,
             weight, soft, soft_stride, keep, spread, grad, grad_stride,
         )
         for l in range(rows):
             if dead[l] == 0 and excluded[l] >= 0:
-                grad[excluded[l] * grad_stride + l] = <floating>at_excluded[l]
+                grad[<Py_ssize_t>excluded[l] * grad_stride + l] = <floating>at_excluded[l]
+
+
+cdef void tile_loss(
+    const double* maximum, const double* others, const double* at_excluded_logit, const double* hard, double spread,
+    const double* term, const double* mass, const double* excluded_mass, double z_loss,
+    const double* sample, const double* g, bint has_target,
+    double* loss, double* scale, double* unit, double* at_excluded,    # out  (LANES,)
+) noexcept nogil:
+    # loss_of_row for each lane, in loops that gcc vectorises.
+    cdef double excluded_exp[LANES]
+    cdef double log_total[LANES]
+    cdef RowLoss row
+    cdef int l
+    for l in range(LANES):
+        excluded_exp[l] = exp_below_zero(at_excluded_logit[l])
+    for l in range(LANES):
+        log_total[l] = log1p_of_sum(others[l] + (excluded_exp[l] - 1.0))
+    for l in range(LANES):
+        row = loss_of_row(
+            maximum[l], others[l], excluded_exp[l], log_total[l], hard[l],
+            log_total[l] - at_excluded_logit[l] if has_target else 0.0, spread,
+            term[l], mass[l], excluded_mass[l], z_loss, sample[l], g[l],
+        )
+        loss[l] = row.loss
+        scale[l] = row.scale
+        unit[l] = row.unit
+        at_excluded[l] = row.at_excluded
 
 
 cdef inline void ignore_row(const Problem* p, Py_ssize_t position) noexcept nogil:
@@ -275,13 +334,13 @@ cdef inline void tile_softmax(
 ) noexcept nogil:
     cdef floating m[LANES]
     cdef floating t[LANES]
-    cdef Py_ssize_t excluded[LANES]
+    cdef double excluded[LANES]
     cdef double maximum[LANES]
     cdef double others[LANES]
     cdef double scale[LANES]
     cdef int l
     for l in range(LANES):
-        excluded[l] = -1
+        excluded[l] = -1.0
     tile_state(x, stride, p.classes, excluded, p.operation == LOG_SOFTMAX, maximum, others)
     if p.operation == LOG_SOFTMAX:
         for l in range(LANES):
@@ -310,7 +369,10 @@ cdef inline void tile_backward(
     cdef floating s[LANES]
     cdef double sums[LANES * LANES]
     cdef double total[LANES]
-    cdef Shift shift
+    cdef double largest[LANES]
+    cdef double room[LANES]
+    cdef Shift one
+    cdef TileShift shift
     cdef Py_ssize_t chunk, count, first, at, residues = min(p.classes, <Py_ssize_t>LANES)
     cdef bint weighted = p.operation == SOFTMAX_BACKWARD
     cdef int l, j
@@ -335,11 +397,14 @@ cdef inline void tile_backward(
     fill[floating](m, -INFINITY)
     lanes_max(output, stride, p.classes, m)
     for l in range(LANES):
-        shift = shift_for[floating](m[l], 0)
-        offset[l] = <floating>shift.offset
-        low[l] = <floating>lowest[floating](shift, headroom[floating](0), 0)
-        round_by[l] = <floating>rounder[floating](shift, headroom[floating](0), 0)
-        k[l] = <floating>exp_scale_of_log_probs[floating](m[l], shift, total[l], 0)
+        largest[l] = m[l]
+    fill(room, headroom[floating](0))
+    shift_tile[floating](largest, &shift, 0)
+    tile_constants(&shift, room, offset, low, round_by)
+    for l in range(LANES):
+        one.offset = shift.offset[l]
+        one.exponent = shift.exponent[l]
+        k[l] = <floating>exp_scale_of_log_probs[floating](largest[l], one, total[l], 0)
     lanes_log_softmax_backward(
         output, stride, grad_output, grad_output_stride, p.classes, offset, low, round_by, k, grad, grad_stride
     )
