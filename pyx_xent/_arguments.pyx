@@ -13,6 +13,7 @@ from . import _threads
 cimport numpy as cnp
 from libc.math cimport NAN
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 from pyx_xent._problem cimport (
     CROSS_ENTROPY,
@@ -35,6 +36,11 @@ cdef object FLOAT32 = np.dtype(np.float32)
 cdef object FLOAT64 = np.dtype(np.float64)
 cdef object INT64 = np.dtype(np.int64)
 cdef object UINT64 = np.dtype(np.uint64)
+
+
+cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
+    cdef cnp.npy_intp length = size
+    return cnp.PyArray_SimpleNew(1, &length, kind)
 
 
 # One argument
@@ -66,6 +72,8 @@ cdef cnp.ndarray as_real(object value, str name, object dtype):
 
 
 cdef double as_double(object value, str name) except? -1.0:
+    if type(value) is float:
+        return value
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -84,8 +92,12 @@ cdef int checked_axis(object axis, int ndim) except -1:
     return np.lib.array_utils.normalize_axis_index(operator.index(axis), ndim)
 
 
+cdef object native_dtype(cnp.ndarray array):
+    return FLOAT64 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64 else FLOAT32
+
+
 cdef int checked_reduction(object reduction) except -1:
-    cdef object found = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    cdef object found = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if found is None:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     return found
@@ -108,6 +120,12 @@ cdef object checked_weight(object weight, Py_ssize_t classes):
             f"but got weight tensor of shape: {(<object>array).shape}"
         )
     return array
+
+
+cdef int threads_for(object num_threads, Py_ssize_t elements) except -1:
+    if num_threads is None and elements < 2 * <Py_ssize_t>_threads.ELEMENTS_WORTH_A_THREAD:
+        return 1  # what _threads would say, without asking
+    return _threads.for_work(num_threads, elements)
 
 
 # Targets
@@ -141,7 +159,7 @@ cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, object ignore
     cdef int64_t ignored
     cdef Py_ssize_t n, i, bad = -1
     cdef bint beyond_int64 = False
-    if target.dtype.kind not in "iu":
+    if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
         raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
     try:
         ignored = operator.index(ignore_index)
@@ -156,9 +174,11 @@ cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, object ignore
         flat = original.astype(INT64).reshape(-1)
         if beyond_int64:
             flat[(original > np.uint64(np.iinfo(np.int64).max)).reshape(-1)] = classes if ignored != classes else classes + 1
+    elif cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
+        flat = original = new_array(cnp.PyArray_SIZE(target), cnp.NPY_INT64)
+        memcpy(cnp.PyArray_DATA(flat), cnp.PyArray_DATA(target), cnp.PyArray_NBYTES(target))
     else:
-        flat = np.array(target, INT64, order="C").reshape(-1)
-        original = flat
+        flat = original = np.array(target, INT64, order="C").reshape(-1)
     n = cnp.PyArray_SIZE(flat)
     label = <int64_t*>cnp.PyArray_DATA(flat)
     for i in range(n):
@@ -217,7 +237,7 @@ cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except 
 
 cdef cnp.ndarray readable(cnp.ndarray array, object dtype, int axis, ClassArray* description):
     """`array`, or a copy of it in `dtype` and C order, described."""
-    if array.dtype == dtype and describe(array, axis, description):
+    if (array.dtype is dtype or array.dtype == dtype) and describe(array, axis, description):
         return array
     array = np.array(array, dtype, order="C", subok=False)
     describe(array, axis, description)
@@ -350,11 +370,13 @@ cdef int set_gradient(Call call, object grad_out) except -1:
     cdef cnp.ndarray output, computed
     cdef object dtype = FLOAT64 if p.is_double else FLOAT32
     if grad_out is None:
-        grad_out = np.empty_like(call.logits, dtype=call.logits.dtype.newbyteorder("="), subok=False)
+        grad_out = cnp.PyArray_NewLikeArray(
+            call.logits, cnp.NPY_KEEPORDER, cnp.PyArray_DescrFromType(cnp.PyArray_TYPE(call.logits)), 0
+        )
     output = grad_out
     call.output = output
     call.computed = None
-    if output.dtype != dtype or not describe(output, call.axis, &p.grad):
+    if (output.dtype is not dtype and output.dtype != dtype) or not describe(output, call.axis, &p.grad):
         computed = np.empty((<object>output).shape, dtype)
         describe(computed, call.axis, &p.grad)
         call.computed = computed
@@ -399,7 +421,7 @@ cdef int settle(Call call) except -1:
     p.scratch = NULL
     p.scratch_size = size
     if size:
-        scratch = np.empty(p.num_threads * size, FLOAT64 if p.is_double else FLOAT32)
+        scratch = new_array(p.num_threads * size, cnp.NPY_FLOAT64 if p.is_double else cnp.NPY_FLOAT32)
         p.scratch = cnp.PyArray_DATA(scratch)
         call.scratch = scratch
     return 0
@@ -424,7 +446,7 @@ def cross_entropy(
     cdef Labels labels
     cdef bint soft
     cdef const double* s
-    cdef object dtype = x.dtype.newbyteorder("=") if not cnp.PyArray_ISNOTSWAPPED(x) else x.dtype
+    cdef object dtype = native_dtype(x)
     cdef object weights = None, samples = None
 
     p.operation = NLL if nll else CROSS_ENTROPY
@@ -476,18 +498,19 @@ def cross_entropy(
         call.target = labels.array
         p.target = <const int64_t*>cnp.PyArray_DATA(labels.array)
 
-    inputs = {
-        logits_name: x, "target": y, "weight": weight, "sample_weight": sample_weight, "grad_output": grad_output,
-    }
-    if out is not None:
-        call.loss_out = checked_output(
-            out, "out", call.loss_shape if call.reduction == NONE else (), call.loss_dtype, inputs, None
-        )
-        inputs["out"] = out
-    if grad_out is not None:
-        checked_output(grad_out, "grad_out", shape, dtype, inputs, logits_name)
+    if out is not None or grad_out is not None:
+        inputs = {
+            logits_name: x, "target": y, "weight": weight, "sample_weight": sample_weight, "grad_output": grad_output,
+        }
+        if out is not None:
+            call.loss_out = checked_output(
+                out, "out", call.loss_shape if call.reduction == NONE else (), call.loss_dtype, inputs, None
+            )
+            inputs["out"] = out
+        if grad_out is not None:
+            checked_output(grad_out, "grad_out", shape, dtype, inputs, logits_name)
 
-    p.is_double = call.loss_dtype == FLOAT64
+    p.is_double = call.loss_dtype is FLOAT64 or call.loss_dtype == FLOAT64
     if weights is not None:
         array = np.array(weights, call.loss_dtype, order="C")
         p.weight = cnp.PyArray_DATA(array)
@@ -502,9 +525,9 @@ def cross_entropy(
         if call.nothing_to_average and empty == "raise":
             raise ValueError("no row to average: the batch is empty or all its targets are ignore_index")
 
-    p.num_threads = _threads.for_work(num_threads, positions * classes)
+    p.num_threads = threads_for(num_threads, positions * classes)
     call.logits = x
-    call.loss_array = np.empty(positions)
+    call.loss_array = new_array(positions, cnp.NPY_FLOAT64)
     p.loss = <double*>cnp.PyArray_DATA(call.loss_array)
     call.memory = (
         readable(x, call.loss_dtype, call.axis, &p.logits),
@@ -545,13 +568,13 @@ def softmax(x, axis, out, num_threads, bint logarithm):
     cdef Call call = Call()
     cdef Problem* p = &call.problem
     cdef cnp.ndarray array = as_floating(x, "x")
-    cdef object dtype = array.dtype.newbyteorder("=")
+    cdef object dtype = native_dtype(array)
     p.operation = LOG_SOFTMAX if logarithm else SOFTMAX
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, {"x": array}, None)
     p.is_double = dtype == FLOAT64
-    p.num_threads = _threads.for_work(num_threads, cnp.PyArray_SIZE(array))
+    p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
     call.memory = (readable(array, dtype, call.axis, &p.logits),)
     set_gradient(call, out)
@@ -564,17 +587,17 @@ def softmax_backward(grad_output, output, axis, out, num_threads, bint logarithm
     cdef Problem* p = &call.problem
     cdef cnp.ndarray array = as_floating(output, "output")
     cdef cnp.ndarray g = as_floating(grad_output, "grad_output")
-    cdef object dtype = array.dtype.newbyteorder("=")
+    cdef object dtype = native_dtype(array)
     if (<object>g).shape != (<object>array).shape:
         raise ValueError(f"grad_output must have the shape of output, {(<object>array).shape}, got {(<object>g).shape}")
-    if g.dtype.newbyteorder("=") != dtype:
+    if native_dtype(g) is not dtype:
         raise TypeError(f"grad_output must have the dtype of output, {dtype.name}, got {g.dtype.name}")
     p.operation = LOG_SOFTMAX_BACKWARD if logarithm else SOFTMAX_BACKWARD
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, {"output": array, "grad_output": g}, None)
     p.is_double = dtype == FLOAT64
-    p.num_threads = _threads.for_work(num_threads, cnp.PyArray_SIZE(array))
+    p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
     call.memory = (
         readable(array, dtype, call.axis, &p.logits), readable(g, dtype, call.axis, &p.soft),
