@@ -1,3 +1,4 @@
+# cython: wraparound=True
 """Turns what callers pass into a Problem that a kernel can trust, or raises before anything is written.
 
 Every index, shape, stride, alignment, overlap and thread count is settled here: the kernels check nothing. Labels are copied
@@ -370,9 +371,11 @@ cdef int set_gradient(Call call, object grad_out) except -1:
     cdef cnp.ndarray output, computed
     cdef object dtype = FLOAT64 if p.is_double else FLOAT32
     if grad_out is None:
-        grad_out = cnp.PyArray_NewLikeArray(
-            call.logits, cnp.NPY_KEEPORDER, cnp.PyArray_DescrFromType(cnp.PyArray_TYPE(call.logits)), 0
-        )
+        output = call.logits
+        if cnp.PyArray_ISCARRAY_RO(output):
+            grad_out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(output), cnp.PyArray_DIMS(output), cnp.PyArray_TYPE(output), 0)
+        else:
+            grad_out = np.empty_like(output, dtype=native_dtype(output), subok=False)
     output = grad_out
     call.output = output
     call.computed = None
