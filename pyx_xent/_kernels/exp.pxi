@@ -9,7 +9,7 @@
 
 from libc.math cimport INFINITY, exp, fabs
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 cdef extern from *:
     """

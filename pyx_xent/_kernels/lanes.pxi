@@ -25,10 +25,22 @@ cdef enum:
     CHUNK = 128
 
 
+cdef inline Py_ssize_t chunk_size(Py_ssize_t first, Py_ssize_t classes) noexcept nogil:
+    # Classes from `first` on that are added in float: whole strips of LANES, or the incomplete one at the row's end.
+    cdef Py_ssize_t whole = classes - classes % LANES
+    return min(<Py_ssize_t>(CHUNK * LANES), whole - first) if first < whole else classes - first
+
+
 cdef void fill(floating* lanes, floating value) noexcept nogil:
     cdef int l
     for l in range(LANES):
         lanes[l] = value
+
+
+cdef void add_lanes(double* sums, const floating* s) noexcept nogil:
+    cdef int l
+    for l in range(LANES):
+        sums[l] += s[l]
 
 
 cdef void lanes_max(
@@ -48,13 +60,15 @@ cdef void lanes_max(
 
 
 cdef void lanes_max_sum(
-    const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES), count <= CHUNK
+    const floating* x, Py_ssize_t stride,                     # in   class c of lane l is x[c * stride + l]
+    Py_ssize_t classes, int residues,                         # in   classes <= CHUNK * LANES; see below
     const floating* offset, const floating* low, const floating* round_by,  # in   of each lane, see exp_shifted
-    const floating* left_out,                                 # in   i * LANES of the term that is not added, or negative
-    floating* maximum,                                        # in/out   NaN is passed over: total has it
-    floating* total,                                          # in/out   sum of the exponentials
+    const floating* left_out,                                 # in   the class that is not added, or a negative number
+    floating* maximum,                                        # in/out   NaN is passed over: sums have it
+    double* sums,                                             # in/out   (residues, LANES)  sums of the exponentials
 ) noexcept nogil:
-    cdef int i, l
+    # Class c goes to sums[c % LANES]. A row side by side in memory is its own LANES residues: stride 1 and residues 1.
+    cdef int i, j, l
     cdef floating v, e
     cdef floating o[LANES]
     cdef floating b[LANES]
@@ -62,20 +76,25 @@ cdef void lanes_max_sum(
     cdef floating out[LANES]
     cdef floating m[LANES]
     cdef floating s[LANES]
+    cdef floating total[LANES]
     memcpy(o, offset, sizeof(o))
     memcpy(b, low, sizeof(b))
     memcpy(r, round_by, sizeof(r))
     memcpy(out, left_out, sizeof(out))
     memcpy(m, maximum, sizeof(m))
-    memcpy(s, total, sizeof(s))
-    for i in range(count):
+    for j in range(residues):
         for l in range(LANES):
-            v = x[i * stride + l]
-            m[l] = v if v > m[l] else m[l]
-            e = exp_shifted(v, o[l], b[l], r[l])
-            s[l] += 0 if <floating>(i * LANES) == out[l] else e
+            s[l] = 0
+        for i in range(<int>((classes - j + LANES - 1) // LANES)):
+            for l in range(LANES):
+                v = x[(i * LANES + j) * stride + l]
+                m[l] = v if v > m[l] else m[l]
+                e = exp_shifted(v, o[l], b[l], r[l])
+                s[l] += 0 if <floating>(i * LANES + j) == out[l] else e
+        for l in range(LANES):
+            total[l] = s[l]
+        add_lanes(sums + j * LANES, total)
     memcpy(maximum, m, sizeof(m))
-    memcpy(total, s, sizeof(s))
 
 
 cdef inline floating class_coefficient(floating w, floating q, floating keep, floating spread) noexcept nogil:
@@ -184,12 +203,6 @@ cdef void lanes_dot(
         for l in range(LANES):
             s[l] += a[i * a_stride + l] * b[i * b_stride + l] if b != NULL else a[i * a_stride + l]
     memcpy(total, s, sizeof(s))
-
-
-cdef void add_lanes(double* sums, const floating* s) noexcept nogil:
-    cdef int l
-    for l in range(LANES):
-        sums[l] += s[l]
 
 
 cdef double fold_sum(double* lanes) noexcept nogil:

@@ -90,29 +90,23 @@ cdef inline double row_max_sum(
     cdef floating round_by[LANES]
     cdef floating left_out[LANES]
     cdef floating m[LANES]
-    cdef floating s[LANES]
     cdef floating strip[LANES]
     cdef double sums[LANES]
-    cdef Py_ssize_t strips = (classes + LANES - 1) // LANES
-    cdef Py_ssize_t chunk, first, count, whole
+    cdef Py_ssize_t first = 0, size
     cdef int l
     shift_lanes(shift, headroom[floating](0), offset, low, round_by)
     fill[floating](m, -INFINITY)
     fill[double](sums, 0)
-    for chunk in range((strips + CHUNK - 1) // CHUNK):
-        first = chunk * CHUNK
-        count = min(<Py_ssize_t>CHUNK, strips - first)
-        whole = min(count, classes // LANES - first)
+    while first < classes:
+        size = chunk_size(first, classes)
         for l in range(LANES):
-            left_out[l] = <floating>(excluded - first * LANES - l)
-        fill[floating](s, 0)
-        lanes_max_sum(x + first * LANES, LANES, <int>whole, offset, low, round_by, left_out, m, s)
-        if whole < count:
-            padded(x + (first + whole) * LANES, classes % LANES, <floating>-INFINITY, strip)
-            for l in range(LANES):
-                left_out[l] -= whole * LANES
-            lanes_max_sum(strip, LANES, 1, offset, low, round_by, left_out, m, s)
-        add_lanes(sums, s)
+            left_out[l] = <floating>(excluded - first - l)
+        if size >= LANES:
+            lanes_max_sum(x + first, 1, size, 1, offset, low, round_by, left_out, m, sums)
+        else:
+            padded(x + first, size, <floating>-INFINITY, strip)
+            lanes_max_sum(strip, 1, LANES, 1, offset, low, round_by, left_out, m, sums)
+        first += size
     maximum[0] = fold_max(m)
     return fold_sum(sums)
 
@@ -180,41 +174,39 @@ cdef inline void row_class_term(
     cdef floating strip[LANES]
     cdef floating weight_strip[LANES]
     cdef floating soft_strip[LANES]
+    cdef floating ones[LANES]
     cdef double terms[LANES]
     cdef double masses[LANES]
-    cdef Py_ssize_t strips = (classes + LANES - 1) // LANES
-    cdef Py_ssize_t chunk, first, at, count, whole
-    cdef int l
+    cdef Py_ssize_t first = 0, size
     fill(reference, <floating>maximum)
+    fill[floating](ones, 1)
     fill[double](terms, 0)
     fill[double](masses, 0)
-    for chunk in range((strips + CHUNK - 1) // CHUNK):
-        first = chunk * CHUNK
-        count = min(<Py_ssize_t>CHUNK, strips - first)
-        whole = min(count, classes // LANES - first)
-        at = first * LANES
+    while first < classes:
+        size = chunk_size(first, classes)
         fill[floating](t, 0)
         fill[floating](s, 0)
-        lanes_class_term(
-            x + at, LANES, <int>whole, reference, weight + at if weight != NULL else NULL, LANES, False,
-            soft + at if soft != NULL else NULL, LANES, keep, spread, t, s,
-        )
-        if whole < count:
-            at += whole * LANES
-            padded(x + at, classes - at, <floating>maximum, strip)
+        if size >= LANES:
+            lanes_class_term(
+                x + first, LANES, <int>(size // LANES), reference,
+                weight + first if weight != NULL else NULL, LANES, False,
+                soft + first if soft != NULL else NULL, LANES, keep, spread, t, s,
+            )
+        else:
+            padded(x + first, size, <floating>maximum, strip)
             if weight != NULL:
-                padded(weight + at, classes - at, <floating>0, weight_strip)
+                padded(weight + first, size, <floating>0, weight_strip)
             else:
-                for l in range(LANES):
-                    weight_strip[l] = 1 if l < classes - at else 0
+                padded(ones, size, <floating>0, weight_strip)
             if soft != NULL:
-                padded(soft + at, classes - at, <floating>0, soft_strip)
+                padded(soft + first, size, <floating>0, soft_strip)
             lanes_class_term(
                 strip, LANES, 1, reference, weight_strip, LANES, False,
                 soft_strip if soft != NULL else NULL, LANES, keep, spread, t, s,
             )
         add_lanes(terms, t)
         add_lanes(masses, s)
+        first += size
     term[0] = fold_sum(terms)
     mass[0] = fold_sum(masses)
 
@@ -335,24 +327,20 @@ cdef inline double row_dot(const floating* a, const floating* b, Py_ssize_t clas
     cdef floating strip_a[LANES]
     cdef floating strip_b[LANES]
     cdef double sums[LANES]
-    cdef Py_ssize_t strips = (classes + LANES - 1) // LANES
-    cdef Py_ssize_t chunk, first, at, count, whole
-    cdef int l
+    cdef Py_ssize_t first = 0, size
     fill[double](sums, 0)
-    for chunk in range((strips + CHUNK - 1) // CHUNK):
-        first = chunk * CHUNK
-        count = min(<Py_ssize_t>CHUNK, strips - first)
-        whole = min(count, classes // LANES - first)
-        at = first * LANES
+    while first < classes:
+        size = chunk_size(first, classes)
         fill[floating](s, 0)
-        lanes_dot(a + at, LANES, b + at if b != NULL else NULL, LANES, <int>whole, s)
-        if whole < count:
-            at += whole * LANES
-            padded(a + at, classes - at, <floating>0, strip_a)
+        if size >= LANES:
+            lanes_dot(a + first, LANES, b + first if b != NULL else NULL, LANES, <int>(size // LANES), s)
+        else:
+            padded(a + first, size, <floating>0, strip_a)
             if b != NULL:
-                padded(b + at, classes - at, <floating>0, strip_b)
+                padded(b + first, size, <floating>0, strip_b)
             lanes_dot(strip_a, LANES, strip_b if b != NULL else NULL, LANES, 1, s)
         add_lanes(sums, s)
+        first += size
     return fold_sum(sums)
 
 

@@ -51,25 +51,20 @@ cdef void tile_max_sum(
     cdef floating round_by[LANES]
     cdef floating left_out[LANES]
     cdef floating m[LANES]
-    cdef floating s[LANES]
     cdef double sums[LANES * LANES]
-    cdef Py_ssize_t chunk, count, first, residues = min(classes, <Py_ssize_t>LANES)
-    cdef int l, j
+    cdef Py_ssize_t first = 0, size, residues = min(classes, <Py_ssize_t>LANES)
+    cdef int l
     tile_constants(shift, room, offset, low, round_by)
     fill[floating](m, -INFINITY)
-    for j in range(residues):
-        fill[double](sums + j * LANES, 0)
-        count = (classes - j + LANES - 1) // LANES
-        for chunk in range((count + CHUNK - 1) // CHUNK):
-            first = chunk * CHUNK
-            for l in range(LANES):
-                left_out[l] = <floating>(excluded[l] - <double>(first * LANES + j))
-            fill[floating](s, 0)
-            lanes_max_sum(
-                x + (first * LANES + j) * stride, LANES * stride, <int>min(<Py_ssize_t>CHUNK, count - first),
-                offset, low, round_by, left_out, m, s,
-            )
-            add_lanes(sums + j * LANES, s)
+    memset(sums, 0, sizeof(sums))
+    while first < classes:
+        size = chunk_size(first, classes)
+        for l in range(LANES):
+            left_out[l] = <floating>(excluded[l] - <double>first)
+        lanes_max_sum(
+            x + first * stride, stride, size, <int>min(<Py_ssize_t>LANES, size), offset, low, round_by, left_out, m, sums
+        )
+        first += size
     fold_tile(sums, residues, total)
     for l in range(LANES):
         maximum[l] = m[l]
@@ -151,26 +146,26 @@ cdef void tile_class_term(
     cdef floating s[LANES]
     cdef double terms[LANES * LANES]
     cdef double masses[LANES * LANES]
-    cdef Py_ssize_t chunk, count, first, at, residues = min(classes, <Py_ssize_t>LANES)
+    cdef Py_ssize_t first = 0, size, at, residues = min(classes, <Py_ssize_t>LANES)
     cdef int l, j
     for l in range(LANES):
         reference[l] = <floating>maximum[l]
-    for j in range(residues):
-        fill[double](terms + j * LANES, 0)
-        fill[double](masses + j * LANES, 0)
-        count = (classes - j + LANES - 1) // LANES
-        for chunk in range((count + CHUNK - 1) // CHUNK):
-            first = chunk * CHUNK
-            at = first * LANES + j
+    memset(terms, 0, sizeof(terms))
+    memset(masses, 0, sizeof(masses))
+    while first < classes:
+        size = chunk_size(first, classes)
+        for j in range(min(<Py_ssize_t>LANES, size)):
+            at = first + j
             fill[floating](t, 0)
             fill[floating](s, 0)
             lanes_class_term(
-                x + at * stride, LANES * stride, <int>min(<Py_ssize_t>CHUNK, count - first), reference,
+                x + at * stride, LANES * stride, <int>((size - j + LANES - 1) // LANES), reference,
                 weight + at if weight != NULL else NULL, LANES, True,
                 soft + at * soft_stride if soft != NULL else NULL, LANES * soft_stride, keep, spread, t, s,
             )
             add_lanes(terms + j * LANES, t)
             add_lanes(masses + j * LANES, s)
+        first += size
     fold_tile(terms, residues, term)
     fold_tile(masses, residues, mass)
 
@@ -373,21 +368,21 @@ cdef inline void tile_backward(
     cdef double room[LANES]
     cdef Shift one
     cdef TileShift shift
-    cdef Py_ssize_t chunk, count, first, at, residues = min(p.classes, <Py_ssize_t>LANES)
+    cdef Py_ssize_t first = 0, size, at, residues = min(p.classes, <Py_ssize_t>LANES)
     cdef bint weighted = p.operation == SOFTMAX_BACKWARD
     cdef int l, j
-    for j in range(residues):
-        fill[double](sums + j * LANES, 0)
-        count = (p.classes - j + LANES - 1) // LANES
-        for chunk in range((count + CHUNK - 1) // CHUNK):
-            first = chunk * CHUNK
-            at = first * LANES + j
+    memset(sums, 0, sizeof(sums))
+    while first < p.classes:
+        size = chunk_size(first, p.classes)
+        for j in range(min(<Py_ssize_t>LANES, size)):
+            at = first + j
             fill[floating](s, 0)
             lanes_dot(
                 grad_output + at * grad_output_stride, LANES * grad_output_stride,
-                output + at * stride if weighted else NULL, LANES * stride, <int>min(<Py_ssize_t>CHUNK, count - first), s,
+                output + at * stride if weighted else NULL, LANES * stride, <int>((size - j + LANES - 1) // LANES), s,
             )
             add_lanes(sums + j * LANES, s)
+        first += size
     fold_tile(sums, residues, total)
     if weighted:
         for l in range(LANES):
