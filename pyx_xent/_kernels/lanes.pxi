@@ -22,11 +22,12 @@ from pyx_xent._problem cimport (
 )
 
 cdef enum:
-    CHUNK = 128
+    GROUP = 8                     # terms that a lane adds in float before they go to its double
+    CHUNK = 8192                  # strips of LANES classes in one call: their numbers are exact in float
 
 
 cdef inline Py_ssize_t chunk_size(Py_ssize_t first, Py_ssize_t classes) noexcept nogil:
-    # Classes from `first` on that are added in float: whole strips of LANES, or the incomplete one at the row's end.
+    # Classes from `first` on for one call: whole strips of LANES, or the incomplete one at the row's end.
     cdef Py_ssize_t whole = classes - classes % LANES
     return min(<Py_ssize_t>(CHUNK * LANES), whole - first) if first < whole else classes - first
 
@@ -35,12 +36,6 @@ cdef void fill(floating* lanes, floating value) noexcept nogil:
     cdef int l
     for l in range(LANES):
         lanes[l] = value
-
-
-cdef void add_lanes(double* sums, const floating* s) noexcept nogil:
-    cdef int l
-    for l in range(LANES):
-        sums[l] += s[l]
 
 
 cdef void lanes_max(
@@ -68,7 +63,7 @@ cdef void lanes_max_sum(
     double* sums,                                             # in/out   (residues, LANES)  sums of the exponentials
 ) noexcept nogil:
     # Class c goes to sums[c % LANES]. A row side by side in memory is its own LANES residues: stride 1 and residues 1.
-    cdef int i, j, l
+    cdef int i, j, l, end, count
     cdef floating v, e
     cdef floating o[LANES]
     cdef floating b[LANES]
@@ -76,24 +71,39 @@ cdef void lanes_max_sum(
     cdef floating out[LANES]
     cdef floating m[LANES]
     cdef floating s[LANES]
-    cdef floating total[LANES]
+    cdef double d[LANES]
+    cdef double lost[LANES]
+    cdef double before, part
     memcpy(o, offset, sizeof(o))
     memcpy(b, low, sizeof(b))
     memcpy(r, round_by, sizeof(r))
     memcpy(out, left_out, sizeof(out))
     memcpy(m, maximum, sizeof(m))
     for j in range(residues):
-        for l in range(LANES):
-            s[l] = 0
-        for i in range(<int>((classes - j + LANES - 1) // LANES)):
+        count = <int>((classes - j + LANES - 1) // LANES)
+        memcpy(d, sums + j * LANES, sizeof(d))
+        memset(lost, 0, sizeof(lost))
+        i = 0
+        while i < count:
+            end = min(i + <int>GROUP, count)
             for l in range(LANES):
-                v = x[(i * LANES + j) * stride + l]
-                m[l] = v if v > m[l] else m[l]
-                e = exp_shifted(v, o[l], b[l], r[l])
-                s[l] += 0 if <floating>(i * LANES + j) == out[l] else e
-        for l in range(LANES):
-            total[l] = s[l]
-        add_lanes(sums + j * LANES, total)
+                s[l] = 0
+            while i < end:
+                for l in range(LANES):
+                    v = x[(i * LANES + j) * stride + l]
+                    m[l] = v if v > m[l] else m[l]
+                    e = exp_shifted(v, o[l], b[l], r[l])
+                    s[l] += 0 if <floating>(i * LANES + j) == out[l] else e
+                i += 1
+            for l in range(LANES):
+                if floating is float:
+                    d[l] += s[l]
+                else:                          # Kahan's: 50,000 classes would cost 3 ULP
+                    before = d[l]
+                    part = s[l] - lost[l]
+                    d[l] = before + part
+                    lost[l] = (d[l] - before) - part
+        memcpy(sums + j * LANES, d, sizeof(d))
     memcpy(maximum, m, sizeof(m))
 
 
@@ -108,34 +118,46 @@ cdef void lanes_class_term(
     const floating* weight, Py_ssize_t weight_stride, bint weight_across,  # in   NULL: 1. across: one class for all lanes
     const floating* soft, Py_ssize_t soft_stride,             # in   NULL: q' = 1
     floating keep, floating spread,
-    floating* term,                                           # in/out   sum of w q' (reference - x)
-    floating* mass,                                           # in/out   sum of w q'
+    double* term,                                             # in/out   sum of w q' (reference - x)
+    double* mass,                                             # in/out   sum of w q'
 ) noexcept nogil:
-    cdef int i, l
+    cdef int i, l, end
     cdef floating v
     cdef floating m[LANES]
     cdef floating k[LANES]
     cdef floating t[LANES]
     cdef floating s[LANES]
+    cdef double terms[LANES]
+    cdef double masses[LANES]
     memcpy(m, reference, sizeof(m))
-    memcpy(t, term, sizeof(t))
-    memcpy(s, mass, sizeof(s))
+    memcpy(terms, term, sizeof(terms))
+    memcpy(masses, mass, sizeof(masses))
     fill[floating](k, 1)
-    for i in range(count):
-        if weight != NULL:
-            for l in range(LANES):
-                k[l] = weight[i * weight_stride] if weight_across else weight[i * weight_stride + l]
-        if soft != NULL:
-            for l in range(LANES):
-                v = class_coefficient(k[l], soft[i * soft_stride + l], keep, spread)
-                t[l] += 0 if v == 0 else v * (m[l] - x[i * stride + l])        # 0 log 0 = 0
-                s[l] += v
-        else:
-            for l in range(LANES):
-                t[l] += k[l] * (m[l] - x[i * stride + l])
-                s[l] += k[l]
-    memcpy(term, t, sizeof(t))
-    memcpy(mass, s, sizeof(s))
+    i = 0
+    while i < count:
+        end = min(i + <int>GROUP, count)
+        for l in range(LANES):
+            t[l] = 0
+            s[l] = 0
+        while i < end:
+            if weight != NULL:
+                for l in range(LANES):
+                    k[l] = weight[i * weight_stride] if weight_across else weight[i * weight_stride + l]
+            if soft != NULL:
+                for l in range(LANES):
+                    v = class_coefficient(k[l], soft[i * soft_stride + l], keep, spread)
+                    t[l] += 0 if v == 0 else v * (m[l] - x[i * stride + l])        # 0 log 0 = 0
+                    s[l] += v
+            else:
+                for l in range(LANES):
+                    t[l] += k[l] * (m[l] - x[i * stride + l])
+                    s[l] += k[l]
+            i += 1
+        for l in range(LANES):
+            terms[l] += t[l]
+            masses[l] += s[l]
+    memcpy(term, terms, sizeof(terms))
+    memcpy(mass, masses, sizeof(masses))
 
 
 cdef void lanes_gradient(
@@ -194,15 +216,24 @@ cdef void lanes_dot(
     const floating* a, Py_ssize_t a_stride,                   # in   (count, LANES), count <= CHUNK
     const floating* b, Py_ssize_t b_stride,                   # in   NULL: 1
     int count,
-    floating* total,                                          # in/out
+    double* total,                                            # in/out
 ) noexcept nogil:
-    cdef int i, l
+    cdef int i, l, end
     cdef floating s[LANES]
-    memcpy(s, total, sizeof(s))
-    for i in range(count):
+    cdef double d[LANES]
+    memcpy(d, total, sizeof(d))
+    i = 0
+    while i < count:
+        end = min(i + <int>GROUP, count)
         for l in range(LANES):
-            s[l] += a[i * a_stride + l] * b[i * b_stride + l] if b != NULL else a[i * a_stride + l]
-    memcpy(total, s, sizeof(s))
+            s[l] = 0
+        while i < end:
+            for l in range(LANES):
+                s[l] += a[i * a_stride + l] * b[i * b_stride + l] if b != NULL else a[i * a_stride + l]
+            i += 1
+        for l in range(LANES):
+            d[l] += s[l]
+    memcpy(total, d, sizeof(d))
 
 
 cdef double fold_sum(double* lanes) noexcept nogil:

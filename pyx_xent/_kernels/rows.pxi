@@ -169,8 +169,6 @@ cdef inline void row_class_term(
     double* term, double* mass,               # out
 ) noexcept nogil:
     cdef floating reference[LANES]
-    cdef floating t[LANES]
-    cdef floating s[LANES]
     cdef floating strip[LANES]
     cdef floating weight_strip[LANES]
     cdef floating soft_strip[LANES]
@@ -184,13 +182,11 @@ cdef inline void row_class_term(
     fill[double](masses, 0)
     while first < classes:
         size = chunk_size(first, classes)
-        fill[floating](t, 0)
-        fill[floating](s, 0)
         if size >= LANES:
             lanes_class_term(
                 x + first, LANES, <int>(size // LANES), reference,
                 weight + first if weight != NULL else NULL, LANES, False,
-                soft + first if soft != NULL else NULL, LANES, keep, spread, t, s,
+                soft + first if soft != NULL else NULL, LANES, keep, spread, terms, masses,
             )
         else:
             padded(x + first, size, <floating>maximum, strip)
@@ -202,10 +198,8 @@ cdef inline void row_class_term(
                 padded(soft + first, size, <floating>0, soft_strip)
             lanes_class_term(
                 strip, LANES, 1, reference, weight_strip, LANES, False,
-                soft_strip if soft != NULL else NULL, LANES, keep, spread, t, s,
+                soft_strip if soft != NULL else NULL, LANES, keep, spread, terms, masses,
             )
-        add_lanes(terms, t)
-        add_lanes(masses, s)
         first += size
     term[0] = fold_sum(terms)
     mass[0] = fold_sum(masses)
@@ -323,7 +317,6 @@ cdef inline void row_log_softmax(const floating* x, Py_ssize_t classes, floating
 
 cdef inline double row_dot(const floating* a, const floating* b, Py_ssize_t classes) noexcept nogil:
     # b may be NULL: the sum of a
-    cdef floating s[LANES]
     cdef floating strip_a[LANES]
     cdef floating strip_b[LANES]
     cdef double sums[LANES]
@@ -331,15 +324,13 @@ cdef inline double row_dot(const floating* a, const floating* b, Py_ssize_t clas
     fill[double](sums, 0)
     while first < classes:
         size = chunk_size(first, classes)
-        fill[floating](s, 0)
         if size >= LANES:
-            lanes_dot(a + first, LANES, b + first if b != NULL else NULL, LANES, <int>(size // LANES), s)
+            lanes_dot(a + first, LANES, b + first if b != NULL else NULL, LANES, <int>(size // LANES), sums)
         else:
             padded(a + first, size, <floating>0, strip_a)
             if b != NULL:
                 padded(b + first, size, <floating>0, strip_b)
-            lanes_dot(strip_a, LANES, strip_b if b != NULL else NULL, LANES, 1, s)
-        add_lanes(sums, s)
+            lanes_dot(strip_a, LANES, strip_b if b != NULL else NULL, LANES, 1, sums)
         first += size
     return fold_sum(sums)
 

@@ -142,8 +142,6 @@ cdef void tile_class_term(
     double* term, double* mass,               # out  (LANES,)
 ) noexcept nogil:
     cdef floating reference[LANES]
-    cdef floating t[LANES]
-    cdef floating s[LANES]
     cdef double terms[LANES * LANES]
     cdef double masses[LANES * LANES]
     cdef Py_ssize_t first = 0, size, at, residues = min(classes, <Py_ssize_t>LANES)
@@ -156,15 +154,12 @@ cdef void tile_class_term(
         size = chunk_size(first, classes)
         for j in range(min(<Py_ssize_t>LANES, size)):
             at = first + j
-            fill[floating](t, 0)
-            fill[floating](s, 0)
             lanes_class_term(
                 x + at * stride, LANES * stride, <int>((size - j + LANES - 1) // LANES), reference,
                 weight + at if weight != NULL else NULL, LANES, True,
-                soft + at * soft_stride if soft != NULL else NULL, LANES * soft_stride, keep, spread, t, s,
+                soft + at * soft_stride if soft != NULL else NULL, LANES * soft_stride, keep, spread,
+                terms + j * LANES, masses + j * LANES,
             )
-            add_lanes(terms + j * LANES, t)
-            add_lanes(masses + j * LANES, s)
         first += size
     fold_tile(terms, residues, term)
     fold_tile(masses, residues, mass)
@@ -361,7 +356,6 @@ cdef inline void tile_backward(
     cdef floating round_by[LANES]
     cdef floating k[LANES]
     cdef floating m[LANES]
-    cdef floating s[LANES]
     cdef double sums[LANES * LANES]
     cdef double total[LANES]
     cdef double largest[LANES]
@@ -376,12 +370,11 @@ cdef inline void tile_backward(
         size = chunk_size(first, p.classes)
         for j in range(min(<Py_ssize_t>LANES, size)):
             at = first + j
-            fill[floating](s, 0)
             lanes_dot(
                 grad_output + at * grad_output_stride, LANES * grad_output_stride,
-                output + at * stride if weighted else NULL, LANES * stride, <int>((size - j + LANES - 1) // LANES), s,
+                output + at * stride if weighted else NULL, LANES * stride, <int>((size - j + LANES - 1) // LANES),
+                sums + j * LANES,
             )
-            add_lanes(sums + j * LANES, s)
         first += size
     fold_tile(sums, residues, total)
     if weighted:

@@ -1,0 +1,183 @@
+"""Empty batches, ignored rows, and logits that are not finite: SPEC sections 5 and 6."""
+
+import warnings
+
+import numpy as np
+import pytest
+from conftest import same_bits
+
+import pyx_xent as px
+
+INF, NAN = np.inf, np.nan
+LAYOUTS = ["few classes", "many classes", "class axis inside"]
+
+
+def widened(row, layout, dtype):
+    """The three-class row with as many -inf classes behind it as the layout's kernel path wants."""
+    row = np.asarray(row, dtype)
+    return row if layout == "few classes" else np.concatenate([row, np.full(60, -INF, dtype)])
+
+
+def run(row, target, layout, **options):
+    """Loss and gradient of the row, computed in the middle of others, in that layout."""
+    rows = np.zeros((20, row.size), row.dtype)
+    rows[7] = row
+    targets = np.zeros(20, int) if np.ndim(target) == 0 else np.zeros_like(rows)
+    if np.ndim(target):
+        targets[:, 0] = 1
+    targets[7] = target
+    if layout == "class axis inside":
+        if np.ndim(target):
+            targets = np.ascontiguousarray(targets.T)[None]
+        else:
+            targets = targets[None]
+        loss, grad = px.cross_entropy_with_grad(
+            np.ascontiguousarray(rows.T)[None], targets, reduction="none", **options
+        )
+        return loss[0, 7], grad[0, :, 7]
+    loss, grad = px.cross_entropy_with_grad(rows, targets, reduction="none", **options)
+    return loss[7], grad[7]
+
+
+@pytest.mark.spec("S29", "S30")
+@pytest.mark.parametrize("layout", LAYOUTS)
+class TestSection6:
+    def soft(self, row):
+        return np.eye(row.size, dtype=row.dtype)[1]
+
+    def test_a_forbidden_class_beside_the_target(self, isa, dtype, layout):
+        row = widened([0, 1, -INF], layout, dtype)
+        loss, grad = run(row, 1, layout)
+        assert loss == pytest.approx(np.log1p(np.exp(-1)), rel=1e-6)
+        assert np.isfinite(grad).all()
+        assert not grad[2:].any()
+        smoothed, smoothed_grad = run(row, 1, layout, label_smoothing=0.1)
+        assert smoothed == INF
+        assert np.isfinite(smoothed_grad).all()
+        soft, soft_grad = run(row, self.soft(row), layout)
+        assert soft == pytest.approx(loss, rel=1e-6)
+        assert np.isfinite(soft_grad).all()
+
+    def test_a_forbidden_target(self, isa, dtype, layout):
+        row = widened([0, -INF, 1], layout, dtype)
+        loss, grad = run(row, 1, layout)
+        assert loss == INF
+        np.testing.assert_allclose(grad[:3], [0.26894142, -1, 0.73105858], rtol=1e-6)
+        smoothed, smoothed_grad = run(row, 1, layout, label_smoothing=0.1)
+        assert smoothed == INF
+        assert np.isfinite(smoothed_grad).all()
+        assert run(row, self.soft(row), layout)[0] == INF
+
+    @pytest.mark.parametrize("bad", [[-INF] * 3, [0, INF, 1], [INF, 0, 1], [INF, INF, 0], [NAN, 0, 1], [0, NAN, 1], [0, 1, NAN]])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_rows_without_a_distribution_are_nan_everywhere(self, isa, dtype, layout, bad, smoothing):
+        row = widened(bad, layout, dtype)
+        for target in (1, self.soft(row)):
+            loss, grad = run(row, target, layout, label_smoothing=smoothing)
+            assert np.isnan(loss)
+            assert np.isnan(grad).all()
+        assert np.isnan(px.softmax(row)).all()
+        assert np.isnan(px.log_softmax(row)).all()
+
+    def test_large_logits_do_not_overflow(self, isa, dtype, layout):
+        row = widened([1000, -1000, 0], layout, dtype)
+        loss, grad = run(row, 1, layout)
+        assert loss == 2000
+        np.testing.assert_array_equal(grad[:3], [1, -1, 0])
+        assert np.isfinite(run(np.asarray([1000, -1000, 0], dtype), 1, "few classes", label_smoothing=0.1)[0])
+        assert run(row, self.soft(row), layout)[0] == 2000
+        largest = np.finfo(dtype).max
+        assert run(widened([largest, largest, 0], layout, dtype), 1, layout)[0] == pytest.approx(np.log(2), rel=1e-6)
+        assert run(widened([-largest, -largest, -INF], layout, dtype), 1, layout)[0] == pytest.approx(np.log(2), rel=1e-6)
+
+    def test_class_weight_0_times_infinity_is_nan(self, isa, dtype, layout):
+        row = widened([0, -INF, 1], layout, dtype)
+        weight = np.ones(row.size)
+        weight[1] = 0
+        assert np.isnan(run(row, 1, layout, weight=weight)[0])
+
+
+@pytest.mark.spec("S29")
+@pytest.mark.parametrize("classes", [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 300])
+def test_nan_at_any_position_makes_the_loss_nan(isa, dtype, rng, classes):
+    logits = rng.normal(size=(classes + 2, classes)).astype(dtype)
+    target = rng.integers(0, classes, classes + 2)
+    clean = px.cross_entropy_with_grad(logits, target, reduction="none")
+    poisoned = logits.copy()
+    poisoned[np.arange(classes), np.arange(classes)] = NAN
+    for values in (poisoned, np.asfortranarray(poisoned)):
+        loss, grad = px.cross_entropy_with_grad(values, target, reduction="none")
+        assert np.isnan(loss[:classes]).all()
+        assert np.isnan(grad[:classes]).all()
+        assert same_bits(loss[classes:], clean[0][classes:])
+        assert same_bits(grad[classes:], clean[1][classes:])
+
+
+@pytest.mark.spec("S28")
+@pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e-310])
+@pytest.mark.parametrize("classes", [3, 20, 33, 1000])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_ignored_rows_are_inert(isa, dtype, rng, poison, classes, order):
+    logits = rng.normal(size=(40, classes)).astype(dtype)
+    target = rng.integers(0, classes, 40)
+    target[::3] = -1
+    weight = rng.random(classes)
+    options = {"weight": weight, "ignore_index": -1, "label_smoothing": 0.1, "z_loss": 0.1}
+    expected = px.cross_entropy_with_grad(logits, target, **options)
+    poisoned = np.array(logits, order=order)
+    poisoned[::3] = poison
+    loss, grad = px.cross_entropy_with_grad(poisoned, target, **options)
+    assert same_bits(loss, expected[0])
+    assert same_bits(np.ascontiguousarray(grad), expected[1])
+    assert not grad[::3].any()
+    assert not np.signbit(grad[::3]).any()
+    assert not px.cross_entropy(poisoned, target, reduction="none", ignore_index=-1)[::3].any()
+
+
+@pytest.mark.spec("S26", "S24")
+@pytest.mark.parametrize("classes", [3, 40])
+def test_all_ignored(isa, dtype, classes):
+    logits, target = np.full((5, classes), NAN, dtype), np.full(5, -100)
+    loss, grad = px.cross_entropy_with_grad(logits, target)
+    assert np.isnan(loss)
+    assert same_bits(grad, np.zeros_like(logits))
+    assert px.cross_entropy(logits, target, reduction="sum") == 0
+    assert same_bits(px.cross_entropy(logits, target, reduction="none"), np.zeros(5, dtype))
+    assert px.cross_entropy(logits, target, empty="zero") == 0
+    assert px.cross_entropy(logits, target, normalizer=8.0) == 0
+    with pytest.raises(ValueError, match="no row to average"):
+        px.cross_entropy(logits, target, empty="raise")
+    assert np.isnan(px.nll_loss(logits, target))
+    assert same_bits(px.nll_loss_with_grad(logits, target)[1], np.zeros_like(logits))
+
+
+@pytest.mark.spec("S26")
+@pytest.mark.parametrize("shape", [(0, 3), (0, 40), (0, 3, 7), (2, 3, 0)])
+def test_no_rows(isa, dtype, shape):
+    rows = shape[:1] + shape[2:]
+    for target in (np.zeros(rows, int), np.zeros(shape, dtype)):
+        loss, grad = px.cross_entropy_with_grad(np.zeros(shape, dtype), target)
+        assert np.isnan(loss)
+        assert grad.shape == shape
+        assert px.cross_entropy(np.zeros(shape, dtype), target, reduction="sum") == 0
+        assert px.cross_entropy(np.zeros(shape, dtype), target, reduction="none").shape == rows
+
+
+@pytest.mark.spec("S27")
+def test_no_classes_and_one_class(isa, dtype):
+    with pytest.raises(IndexError):
+        px.cross_entropy(np.zeros((2, 0), dtype), [0, 0])
+    assert px.cross_entropy(np.zeros((2, 0), dtype), [-100, -100], reduction="sum") == 0
+    for options in ({}, {"label_smoothing": 0.1}, {"weight": [0.3]}, {"weight": [0.3], "label_smoothing": 0.7}):
+        for target in ([0, 0], np.array([[0.3], [1.0]], dtype)):
+            loss, grad = px.cross_entropy_with_grad(np.array([[3.7], [-2.0]], dtype), target, **options)
+            assert loss == 0
+            assert not grad.any()
+
+
+def test_no_warning_is_raised_whatever_the_values(rng):
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        for value in (NAN, INF, -INF, 1e300, 1e-310):
+            px.cross_entropy_with_grad(np.full((3, 5), value), [0, 1, 2], label_smoothing=0.1)
+            px.softmax(np.full((3, 5), value))
