@@ -3,7 +3,10 @@ from pyx_xent._problem cimport Problem
 
 cdef class Call:
     cdef Problem problem
-    cdef tuple memory             # every array the problem points into
+    # Every array that the problem points into is kept here.
+    cdef object read_logits       # the arrays behind problem.logits and problem.soft
+    cdef object read_soft
+    cdef tuple memory             # weight, sample_weight, state
     cdef object grad_output       # (positions,) float64
     cdef object scratch
     cdef object output             # softmax, gradients: the array the caller gets

@@ -340,6 +340,10 @@ cdef class Call:
     def prepare_backward(self, grad_output):
         """Make this call, which has been run with keep_state, compute the gradient."""
         set_grad_output(self, grad_output)
+        # Described anew: settle() sees arrays as they are in memory.
+        describe(self.read_logits, self.axis, &self.problem.logits)
+        if self.read_soft is not None:
+            describe(self.read_soft, self.axis, &self.problem.soft)
         set_gradient(self, None)
         self.problem.have_state = True
         self.problem.loss = NULL
@@ -494,7 +498,7 @@ def cross_entropy(
             raise ValueError(f"sample_weight must have shape {call.loss_shape}, got {samples.shape}")
 
     if soft:
-        live = positions
+        live = positions if classes else 0
     else:
         labels = checked_labels(y, classes, ignore_index)
         live = labels.live
@@ -530,13 +534,12 @@ def cross_entropy(
 
     p.num_threads = threads_for(num_threads, positions * classes)
     call.logits = x
-    call.loss_array = new_array(positions, cnp.NPY_FLOAT64)
+    call.loss_array = new_array(positions, cnp.NPY_FLOAT64) if classes else np.zeros(positions)
     p.loss = <double*>cnp.PyArray_DATA(call.loss_array)
-    call.memory = (
-        readable(x, call.loss_dtype, call.axis, &p.logits),
-        readable(y, call.loss_dtype, call.axis, &p.soft) if soft else None,
-        weights, samples,
-    )
+    call.read_logits = readable(x, call.loss_dtype, call.axis, &p.logits)
+    if soft:
+        call.read_soft = readable(y, call.loss_dtype, call.axis, &p.soft)
+    call.memory = (weights, samples)
     if keep_state:
         array = np.empty((2, positions))
         p.row_max = <double*>cnp.PyArray_DATA(array)
@@ -579,7 +582,7 @@ def softmax(x, axis, out, num_threads, bint logarithm):
     p.is_double = dtype == FLOAT64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
-    call.memory = (readable(array, dtype, call.axis, &p.logits),)
+    call.read_logits = readable(array, dtype, call.axis, &p.logits)
     set_gradient(call, out)
     return call
 
@@ -602,8 +605,7 @@ def softmax_backward(grad_output, output, axis, out, num_threads, bint logarithm
     p.is_double = dtype == FLOAT64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
-    call.memory = (
-        readable(array, dtype, call.axis, &p.logits), readable(g, dtype, call.axis, &p.soft),
-    )
+    call.read_logits = readable(array, dtype, call.axis, &p.logits)
+    call.read_soft = readable(g, dtype, call.axis, &p.soft)
     set_gradient(call, out)
     return call

@@ -144,7 +144,7 @@ def run(Call call):
     # Eight slices a thread even out ignored rows and a busy core; whole tiles but for the last.
     cdef Py_ssize_t slice_size = (positions + 8 * p.num_threads - 1) // (8 * p.num_threads)
     cdef Py_ssize_t slices, number
-    if positions == 0:
+    if positions == 0 or p.classes == 0:
         return
     if p.num_threads == 1:
         with nogil:

@@ -387,19 +387,16 @@ cdef inline void row_nll(
     const Problem* p, Py_ssize_t position, const floating* x, floating* grad,   # any stride from class to class
 ) noexcept nogil:
     cdef Py_ssize_t target = p.target[position], c
-    cdef double factor = 1.0
-    if target < 0:
-        p.loss[position] = 0
-    else:
+    cdef double factor = 1.0, loss = 0.0
+    if target >= 0:
         if p.weight != NULL:
             factor = (<const floating*>p.weight)[target]
-        p.loss[position] = factor * -x[target * p.logits.classes]
+        loss = factor * -x[target * p.logits.classes]
+    if p.loss != NULL:
+        p.loss[position] = loss
     if grad == NULL:
         return
     for c in range(p.classes):
         grad[c * p.grad.classes] = 0
     if target >= 0:
-        factor *= p.grad_scale
-        if p.grad_output != NULL:
-            factor *= p.grad_output[position]
-        grad[target * p.grad.classes] = <floating>-factor
+        grad[target * p.grad.classes] = <floating>(-factor * upstream(p, position))
