@@ -1,0 +1,1 @@
+"""Comparisons with pytest-benchmark: `make bench`, or `python -m pytest benchmarks`."""
