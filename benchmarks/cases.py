@@ -17,7 +17,7 @@ class Case:
     def arrays(self):
         """(logits float32, target int64), the same each time."""
         rng = np.random.default_rng(0)
-        logits = (3 * rng.standard_normal((self.rows, self.classes), dtype=np.float32))
+        logits = 3 * rng.standard_normal((self.rows, self.classes), dtype=np.float32)
         return logits, rng.integers(0, self.classes, self.rows)
 
 

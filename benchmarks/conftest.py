@@ -29,5 +29,5 @@ def pytest_terminal_summary(terminalreporter, config):
         for b in sorted((b for b in benchmarks if b.group == group), key=lambda b: b.stats.min):
             terminalreporter.write_line(
                 f"    {b.params['name']:34}{b.stats.min * 1e6:12.1f} µs min{b.stats.median * 1e6:12.1f} µs median"
-                f"{b.extra_info['ns_per_element']:10.3f} ns/element"
+                f"{b.stats.min / b.extra_info['elements'] * 1e9:10.3f} ns/element"
             )

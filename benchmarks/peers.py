@@ -79,9 +79,7 @@ def scikit_learn(logits, target):
     loss, gradient = np.empty(len(target), np.float32), np.empty_like(logits)
 
     def compute():
-        criterion.loss_gradient(
-            labels, logits, loss_out=loss, gradient_out=gradient, n_threads=pyx_xent.get_num_threads()
-        )
+        criterion.loss_gradient(labels, logits, loss_out=loss, gradient_out=gradient, n_threads=pyx_xent.get_num_threads())
         return loss.mean(), gradient  # its gradient is of the sum; the check allows for that
 
     return compute

@@ -1,14 +1,14 @@
 """Cross-entropy, softmax and their gradients on CPUs.
 
-    functional.py ── _arguments.pyx    every argument checked, then a Problem: plain memory
-          │
-          └───────── _dispatch.py ──── _kernels/{baseline, avx2, avx512}
-                                         batch.pxi            rows handed to threads
-                                           rows.pxi tiles.pxi   one row; LANES neighbouring rows
-                                             lanes.pxi            LANES columns or rows
-                                               exp.pxi              one number
-    losses.py       objects with the constructors of torch.nn
-    reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
+functional.py ── _arguments.pyx    every argument checked, then a Problem: plain memory
+      │
+      └───────── _dispatch.py ──── _kernels/{baseline, avx2, avx512}
+                                     batch.pxi            rows handed to threads
+                                       rows.pxi tiles.pxi   one row; LANES neighbouring rows
+                                         lanes.pxi            LANES columns or rows
+                                           exp.pxi              one number
+losses.py       objects with the constructors of torch.nn
+reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
 """
 
 from importlib.metadata import version as _version

@@ -49,7 +49,7 @@ class CrossEntropyLoss(_Options):
     >>> float(loss.round(4))
     0.3913
     >>> criterion.backward().round(4)
-    array([[-0.1478,  0.142 ,  0.0058]])
+    array([[-0.1477,  0.142 ,  0.0058]])
     """
 
     def __init__(self, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):

@@ -1,4 +1,4 @@
-"""The specification in float64 NumPy, each formula written as SPEC.md writes it. Tests compare with it; nothing falls back to it.
+"""The specification in float64 NumPy, each formula as docs/SPEC.md writes it. Tests compare with it; nothing falls back to it.
 
 Slow and plain on purpose: arrays of the size of the logits are made freely, arguments are not checked, and rows are
 (..., C) after the class axis is moved to the end.
@@ -6,7 +6,14 @@ Slow and plain on purpose: arrays of the size of the logits are made freely, arg
 
 import numpy as np
 
-__all__ = ["cross_entropy_with_grad", "log_softmax", "log_softmax_backward", "nll_loss_with_grad", "softmax", "softmax_backward"]
+__all__ = [
+    "cross_entropy_with_grad",
+    "log_softmax",
+    "log_softmax_backward",
+    "nll_loss_with_grad",
+    "softmax",
+    "softmax_backward",
+]
 
 
 def log_softmax(x, axis=-1):
@@ -103,17 +110,12 @@ def cross_entropy_with_grad(
         a = mass + (2 * z_loss * lse if z_loss else 0.0)
         # p - 1 for a class with nearly all the probability, from the others': expm1(ℓ) = p - 1
         near_one = p > 0.5
-        grad = np.where(
-            near_one, a[..., None] * np.expm1(ell) + (a[..., None] - own), a[..., None] * p - own
-        )
+        grad = np.where(near_one, a[..., None] * np.expm1(ell) + (a[..., None] - own), a[..., None] * p - own)
         grad = np.where(r[..., None], g[..., None] * grad, 0.0)
         if reduction == "sum":
             loss = loss.sum()
         elif reduction == "mean":
-            if not r.any() and normalizer is None:
-                loss = 0.0 if empty == "zero" else np.nan
-            else:
-                loss = loss.sum() / divisor
+            loss = (0.0 if empty == "zero" else np.nan) if not r.any() and normalizer is None else loss.sum() / divisor
     return loss, np.moveaxis(grad, -1, axis)
 
 

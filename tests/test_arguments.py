@@ -11,7 +11,9 @@ import pyx_xent as px
 
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 ENTRIES = {
-    "cross_entropy": lambda x, t, **o: px.cross_entropy(x, t, out=o.pop("out", None), **{k: v for k, v in o.items() if k != "grad_out"}),
+    "cross_entropy": lambda x, t, **o: px.cross_entropy(
+        x, t, out=o.pop("out", None), **{k: v for k, v in o.items() if k != "grad_out"}
+    ),
     "cross_entropy_with_grad": px.cross_entropy_with_grad,
     "nll_loss": lambda x, t, **o: px.nll_loss(x, t, out=o.pop("out", None), **{k: v for k, v in o.items() if k != "grad_out"}),
     "nll_loss_with_grad": px.nll_loss_with_grad,
@@ -213,7 +215,9 @@ class TestOutputs:
         row = np.zeros((1, 5))
         repeated = np.lib.stride_tricks.as_strided(row, (3, 5), (0, 8))
         self.check("grad_out has elements that overlap each other", logits, grad_out=repeated)
-        self.check("grad_out overlaps out in memory", logits, grad_out=memory[100:115].reshape(3, 5), out=memory[102:103].reshape(()))
+        self.check(
+            "grad_out overlaps out in memory", logits, grad_out=memory[100:115].reshape(3, 5), out=memory[102:103].reshape(())
+        )
         weight = memory[50:55]
         self.check("grad_out overlaps weight in memory", logits, weight=weight, grad_out=memory[45:60].reshape(3, 5))
         target = np.zeros(3, np.int64)

@@ -75,9 +75,7 @@ def test_class_axis_inside_gives_the_bits_of_class_axis_last(isa, dtype, rng, cl
     logits, target = problem(rng, 2 * 37, classes, dtype, soft)
     expected = px.cross_entropy_with_grad(logits, target, reduction="none", label_smoothing=0.1)
     inside = np.ascontiguousarray(logits.reshape(2, 37, classes).transpose(0, 2, 1))
-    inside_target = (
-        np.ascontiguousarray(target.reshape(2, 37, classes).transpose(0, 2, 1)) if soft else target.reshape(2, 37)
-    )
+    inside_target = np.ascontiguousarray(target.reshape(2, 37, classes).transpose(0, 2, 1)) if soft else target.reshape(2, 37)
     loss, grad = px.cross_entropy_with_grad(inside, inside_target, reduction="none", label_smoothing=0.1)
     assert same_bits(loss.reshape(-1), expected[0])
     assert same_bits(grad.transpose(0, 2, 1).reshape(-1, classes), expected[1])
@@ -88,9 +86,7 @@ def test_class_axis_inside_gives_the_bits_of_class_axis_last(isa, dtype, rng, cl
         output_inside = getattr(px, name)(inside, axis=1)
         assert same_bits(output_inside.transpose(0, 2, 1).reshape(-1, classes), output)
         backward = getattr(px, name + "_backward")
-        assert same_bits(
-            backward(g_inside, output_inside, axis=1).transpose(0, 2, 1).reshape(-1, classes), backward(g, output)
-        )
+        assert same_bits(backward(g_inside, output_inside, axis=1).transpose(0, 2, 1).reshape(-1, classes), backward(g, output))
 
 
 @pytest.mark.parametrize("classes", CLASSES)

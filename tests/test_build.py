@@ -149,7 +149,11 @@ def test_build_without_openmp(tmp_path, rng):
         pytest.skip("not run from the source tree")
     tree = tmp_path / "tree"
     shutil.copytree(
-        source, tree, ignore=lambda folder, names: [n for n in names if n.startswith(".") or n in ("build", "tests") or n.endswith((".so", ".c"))]
+        source,
+        tree,
+        ignore=lambda folder, names: [
+            n for n in names if n.startswith(".") or n in ("build", "tests") or n.endswith((".so", ".c"))
+        ],
     )
     build = subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(tree)],

@@ -27,13 +27,8 @@ def run(row, target, layout, **options):
         targets[:, 0] = 1
     targets[7] = target
     if layout == "class axis inside":
-        if np.ndim(target):
-            targets = np.ascontiguousarray(targets.T)[None]
-        else:
-            targets = targets[None]
-        loss, grad = px.cross_entropy_with_grad(
-            np.ascontiguousarray(rows.T)[None], targets, reduction="none", **options
-        )
+        targets = np.ascontiguousarray(targets.T)[None] if np.ndim(target) else targets[None]
+        loss, grad = px.cross_entropy_with_grad(np.ascontiguousarray(rows.T)[None], targets, reduction="none", **options)
         return loss[0, 7], grad[0, :, 7]
     loss, grad = px.cross_entropy_with_grad(rows, targets, reduction="none", **options)
     return loss[7], grad[7]
@@ -68,7 +63,9 @@ class TestSection6:
         assert np.isfinite(smoothed_grad).all()
         assert run(row, self.soft(row), layout)[0] == INF
 
-    @pytest.mark.parametrize("bad", [[-INF] * 3, [0, INF, 1], [INF, 0, 1], [INF, INF, 0], [NAN, 0, 1], [0, NAN, 1], [0, 1, NAN]])
+    @pytest.mark.parametrize(
+        "bad", [[-INF] * 3, [0, INF, 1], [INF, 0, 1], [INF, INF, 0], [NAN, 0, 1], [0, NAN, 1], [0, 1, NAN]]
+    )
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     def test_rows_without_a_distribution_are_nan_everywhere(self, isa, dtype, layout, bad, smoothing):
         row = widened(bad, layout, dtype)

@@ -15,7 +15,9 @@ import pyx_xent as px
 def test_backward_gives_the_fused_gradient(isa, dtype, rng, classes, soft, order):
     logits = np.array(5 * rng.normal(size=(37, classes)), dtype, order=order)
     logits[3, 1] = 60
-    target = rng.random((37, classes)).astype(dtype) if soft else np.where(rng.random(37) < 0.3, -100, rng.integers(0, classes, 37))
+    target = (
+        rng.random((37, classes)).astype(dtype) if soft else np.where(rng.random(37) < 0.3, -100, rng.integers(0, classes, 37))
+    )
     if soft:
         target[3] = np.arange(classes) == 1
     else:

@@ -63,7 +63,8 @@ def test_one_row_may_have_a_target_of_one_element(dtype):
 @pytest.mark.spec("S26")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("logits", "target"), [
-    (np.zeros((0, 3)), np.zeros(0, int)), (np.zeros((2, 0)), np.zeros((2, 0))), (np.zeros((2, 3)), np.array([-100, -100])), (np.zeros((0, 3)), np.zeros((0, 3))),
+    (np.zeros((0, 3)), np.zeros(0, int)), (np.zeros((2, 0)), np.zeros((2, 0))),
+    (np.zeros((2, 3)), np.array([-100, -100])), (np.zeros((0, 3)), np.zeros((0, 3))),
 ])  # fmt: skip
 def test_empty_and_ignored_batches(logits, target, reduction):
     expected, expected_grad = torch_result(logits, target, None, torch.float64, 1.0, reduction=reduction)
@@ -89,7 +90,9 @@ def test_strange_weights(dtype, weight):
 
 
 @pytest.mark.spec("S29", "S30")
-@pytest.mark.parametrize("row", [[0, 1, -np.inf], [0, -np.inf, 1], [-np.inf] * 3, [0, np.inf, 1], [0, np.nan, 1], [1000, -1000, 0]])
+@pytest.mark.parametrize(
+    "row", [[0, 1, -np.inf], [0, -np.inf, 1], [-np.inf] * 3, [0, np.inf, 1], [0, np.nan, 1], [1000, -1000, 0]]
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weight", [None, [1.0, 0.0, 2.0]])
 def test_rows_that_are_not_finite(isa, dtype, row, smoothing, weight):
@@ -147,5 +150,7 @@ def test_errors_read_as_torchs(call, error):
         call(px.cross_entropy, lambda shape, dtype=float: np.zeros(shape, dtype))
     assert error in str(ours.value)
     with pytest.raises((ValueError, TypeError, RuntimeError)) as theirs:
-        call(F.cross_entropy, lambda shape, dtype=float: torch.zeros(shape, dtype=torch.int64 if dtype is int else torch.float64))
+        call(
+            F.cross_entropy, lambda shape, dtype=float: torch.zeros(shape, dtype=torch.int64 if dtype is int else torch.float64)
+        )
     assert error.split(", got")[0].split(" but")[0].split(". Got")[0] in str(theirs.value)

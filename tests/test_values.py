@@ -72,9 +72,7 @@ def test_sample_weight_normalizer_and_z_loss(isa, dtype, rng, shape, soft):
     rows = without_class_axis(shape)
     target = rng.random(shape).astype(dtype) if soft else labels(rng, rows, classes_of(shape))
     weight = rng.random(classes_of(shape)).astype(dtype)
-    for reduction, normalizer, z, smoothing in itertools.product(
-        ("none", "mean", "sum"), (None, 3.5), (0.0, 0.01), (0.0, 0.1)
-    ):
+    for reduction, normalizer, z, smoothing in itertools.product(("none", "mean", "sum"), (None, 3.5), (0.0, 0.01), (0.0, 0.1)):
         if normalizer and reduction != "mean":
             continue
         options = {

@@ -27,10 +27,7 @@ def remez(function, weight, low, high, terms, rounds=12, grid=4000):
             right[row] = function(x)
         solution = lu_solve(system, right)
         coefficients = [solution[k] for k in range(terms)]
-        errors = [
-            w * (sum(c * x**k for k, c in enumerate(coefficients)) - f)
-            for x, (f, w) in zip(points, values, strict=True)
-        ]
+        errors = [w * (sum(c * x**k for k, c in enumerate(coefficients)) - f) for x, (f, w) in zip(points, values, strict=True)]
         extrema, start = [], 0
         for k in range(1, grid + 2):  # the largest error of each run of one sign
             if k == grid + 1 or (errors[k] > 0) != (errors[start] > 0):
@@ -60,11 +57,11 @@ if __name__ == "__main__":
     edge = log(2) / 2 * mpf("1.001")  # rounding n lets r pass ln2/2 a little
     for name, terms in (("exp32", 5), ("exp64", 10)):
         found, error = remez(exp_tail, lambda r: max(r**2, mpf("1e-4")) / exp(r), -edge, edge, terms)
-        print(name, "largest relative error 2^%.1f" % float(log(error, 2)), "(q, lowest power first)")
+        print(name, f"largest relative error 2^{float(log(error, 2)):.1f}", "(q, lowest power first)")
         print("\n".join("    " + mp.nstr(c, 20) for c in found))
     top = ((sqrt(mpf(2)) - 1) / (sqrt(mpf(2)) + 1)) ** 2 * mpf("1.001")
     found, error = remez(lambda w: log_tail(w) / w if w else mpf(2) / 3, lambda w: (w + mpf("1e-4")) / 2, mpf(0), top, 7)
-    print("log1p64", "largest error relative to the result 2^%.1f" % float(log(error, 2)), "(R / w, lowest power first)")
+    print("log1p64", f"largest error relative to the result 2^{float(log(error, 2)):.1f}", "(R / w, lowest power first)")
     print("\n".join("    " + mp.nstr(c, 20) for c in found))
     for name, bits, scale in (("ln2 float", 14, 2**14), ("ln2 double", 32, 2**32)):
         high = mp.nint(log(2) * scale) / scale

@@ -1,0 +1,103 @@
+"""Examples that people copy must run: docstrings, README, the digits example; and each SPEC clause has its test."""
+
+import doctest
+import gzip
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyx_xent
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["pyx_xent"] + [
+    f"pyx_xent.{m.name}" for m in pkgutil.iter_modules(pyx_xent.__path__) if m.name not in ("__main__", "_kernels")
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_every_public_function_has_an_example():
+    for name in pyx_xent.__all__:
+        item = getattr(pyx_xent, name)
+        if callable(item):
+            assert ">>> " in item.__doc__, name
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_readme_examples(number):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    exec(compile(blocks[number], f"README example {number + 1}", "exec"), {})
+
+
+class TestTrainDigits:
+    @pytest.fixture(autouse=True)
+    def _needs(self):
+        for module in ("sklearn", "tqdm", "matplotlib"):
+            pytest.importorskip(module)
+
+    def run(self, folder, *arguments):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "examples/train_digits.py"), "--plot", str(folder / "plot.png"), *arguments],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    def test_reaches_its_accuracy_and_draws(self, tmp_path):
+        result = self.run(tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert float(re.search(r"test accuracy +([\d.]+)%", result.stdout)[1]) >= 97
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_textbook_loss_gives_the_same_curve(self, tmp_path):
+        lines = [
+            re.search(r"mean loss.* ([\d.]+)", self.run(tmp_path, "--epochs", "5", "--loss", loss).stdout)[1]
+            for loss in ("pyx_xent", "numpy")
+        ]
+        assert float(lines[0]) == pytest.approx(float(lines[1]), rel=1e-3)
+
+    def test_mnist_files(self, tmp_path):
+        rng = np.random.default_rng(0)
+
+        def idx(array):
+            header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            return header + array.astype(np.uint8).tobytes()
+
+        missing = self.run(tmp_path, "--mnist", str(tmp_path))
+        assert missing.returncode == 1
+        assert "missing train-images-idx3-ubyte, train-labels-idx1-ubyte" in missing.stderr
+        for part, rows in (("train", 90), ("t10k", 20)):
+            (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (rows, 28, 28))))
+            (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(rng.integers(0, 10, rows))))
+        result = self.run(tmp_path, "--mnist", str(tmp_path), "--epochs", "2")
+        assert result.returncode == 0, result.stderr
+        assert "90 digits to learn from, 20 to test" in result.stdout
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(b"not an IDX file")
+        assert "is not an IDX file" in self.run(tmp_path, "--mnist", str(tmp_path)).stderr
+
+
+def test_benchmarks_run():
+    pytest.importorskip("pytest_benchmark")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-disable", "-k", "64x10", "-p", "no:cacheprovider"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
+
+
+def test_each_spec_clause_has_a_test_that_names_it():
+    named = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for clauses in re.findall(r"mark\.spec\((.*?)\)", file.read_text(encoding="utf-8")):
+            named.update(re.findall(r"S\d+", clauses))
+    # S33, double backward, comes with pyx_xent.torch; S39 with linear_cross_entropy.
+    assert {f"S{n}" for n in range(1, 39)} - {"S33"} <= named
