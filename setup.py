@@ -40,7 +40,7 @@ DIRECTIVES = {
 
 on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
 isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
-includes = [str(path) for path in sorted(Path("pyx_xent/_kernels").glob("*.pxi"))]
+included = [str(path) for pattern in ("*.pxd", "*.h", "_kernels/*.pxi") for path in sorted(Path("pyx_xent").glob(pattern))]
 
 
 class BuildKernels(build_ext):
@@ -74,20 +74,19 @@ class BuildKernels(build_ext):
         return True
 
 
-def extension(name, **options):
+def extension(name):
     return Extension(
         name,
         [name.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "pyx_xent"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        **options,
+        depends=included,
     )
 
 
 setup(
     ext_modules=cythonize(
-        [extension("pyx_xent._arguments"), extension("pyx_xent._runtime", depends=["pyx_xent/_cpu.h"])]
-        + [extension(f"pyx_xent._kernels.{isa}", depends=includes) for isa in isas],
+        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

@@ -11,9 +11,9 @@ losses.py       objects with the constructors of torch.nn
 reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
 """
 
-from importlib.metadata import version as _version
-
+from ._config import VERSION as __version__
 from ._config import show_config
+from ._dispatch import active as isa
 from ._threads import get_num_threads, set_num_threads
 from .functional import (
     cross_entropy,
@@ -26,8 +26,6 @@ from .functional import (
     softmax_backward,
 )
 from .losses import CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
-
-__version__ = _version("pyx_xent")
 
 __all__ = [
     "CrossEntropyLoss",
@@ -48,11 +46,3 @@ __all__ = [
     "softmax",
     "softmax_backward",
 ]
-
-
-def __getattr__(name):
-    if name == "isa":  # looked up each time: pyx_xent._dispatch.use() changes it
-        from . import _dispatch
-
-        return _dispatch.active
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

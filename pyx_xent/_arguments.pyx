@@ -37,6 +37,7 @@ cdef object FLOAT32 = np.dtype(np.float32)
 cdef object FLOAT64 = np.dtype(np.float64)
 cdef object INT64 = np.dtype(np.int64)
 cdef object UINT64 = np.dtype(np.uint64)
+cdef object LARGEST_INT64 = 2**63 - 1
 
 
 cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
@@ -152,29 +153,28 @@ cdef class Labels:
     cdef Py_ssize_t live
 
 
-cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, object ignore_index):
-    # in   target      any shape, any integer dtype; read exactly once
-    cdef Labels labels = Labels()
-    cdef cnp.ndarray original = target, flat
-    cdef int64_t* label
-    cdef int64_t ignored
-    cdef Py_ssize_t n, i, bad = -1
-    cdef bint beyond_int64 = False
-    if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
-        raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
+cdef int64_t checked_ignore_index(object ignore_index) except? -1:
     try:
-        ignored = operator.index(ignore_index)
+        return operator.index(ignore_index)
     except TypeError:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}") from None
     except OverflowError:
         raise ValueError(f"ignore_index must fit into 64 bits, got {ignore_index}") from None
+
+
+cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, int64_t ignored):
+    # in   target      any shape, any integer dtype; read exactly once
+    cdef Labels labels = Labels()
+    cdef cnp.ndarray original = target, flat
+    cdef int64_t* label
+    cdef Py_ssize_t n, i, bad = -1
+    if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
+        raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
     if target.dtype.kind == "u" and target.dtype.itemsize == 8:
         original = np.array(target, UINT64, order="C")
-        # Beyond int64 nothing is valid and nothing is ignore_index: an invalid label that is not ignore_index stands in.
-        beyond_int64 = bool((original > np.uint64(np.iinfo(np.int64).max)).any())
         flat = original.astype(INT64).reshape(-1)
-        if beyond_int64:
-            flat[(original > np.uint64(np.iinfo(np.int64).max)).reshape(-1)] = classes if ignored != classes else classes + 1
+        # What int64 cannot hold is neither valid nor ignore_index; a label that is neither stands in for it.
+        flat[original.reshape(-1) > UINT64.type(LARGEST_INT64)] = classes if ignored != classes else classes + 1
     elif cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
         flat = original = new_array(cnp.PyArray_SIZE(target), cnp.NPY_INT64)
         memcpy(cnp.PyArray_DATA(flat), cnp.PyArray_DATA(target), cnp.PyArray_NBYTES(target))
@@ -279,7 +279,7 @@ cdef bint same_elements(cnp.ndarray a, cnp.ndarray b):
 
 cdef cnp.ndarray checked_output(object out, str name, tuple shape, object dtype, dict inputs, object in_place):
     # in_place   the input that `out` may be, all of it; or None
-    if type(out) is not np.ndarray:
+    if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(f"{name} must be a numpy.ndarray, got {type(out).__name__}")
     cdef cnp.ndarray array = out
     if out.shape != shape:
@@ -451,8 +451,8 @@ def cross_entropy(
     cdef tuple shape = (<object>x).shape, target_shape = (<object>y).shape
     cdef Py_ssize_t classes, positions, live, i
     cdef Labels labels
+    cdef int64_t ignored
     cdef bint soft
-    cdef const double* s
     cdef object dtype = native_dtype(x)
     cdef object weights = None, samples = None
 
@@ -470,13 +470,14 @@ def cross_entropy(
         raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
     if weight is not None:
         weights = checked_weight(weight, classes)
+    ignored = checked_ignore_index(ignore_index)
 
     soft = target_shape == shape and not nll
     call.loss_dtype = dtype
     if soft:
         if y.dtype.kind != "f":
             raise TypeError(f"Expected floating point type for target with class probabilities, got {y.dtype.name}")
-        if operator.index(ignore_index) >= 0:
+        if ignored >= 0:
             raise ValueError("ignore_index is not supported for floating point target")
         call.loss_shape = shape_without(shape, call.axis)
         call.loss_dtype = np.result_type(dtype, y.dtype, *(() if weights is None else (weights.dtype,)))
@@ -492,15 +493,13 @@ def cross_entropy(
             positions *= cnp.PyArray_DIM(x, i)
     if sample_weight is not None:
         samples = as_real(sample_weight, "sample_weight", FLOAT64)
-        if samples.shape != call.loss_shape and samples.shape != target_shape:
-            raise ValueError(f"sample_weight must have shape {call.loss_shape}, got {samples.shape}")
-        if soft and samples.shape != call.loss_shape:
+        if samples.shape != call.loss_shape and (soft or samples.shape != target_shape):
             raise ValueError(f"sample_weight must have shape {call.loss_shape}, got {samples.shape}")
 
     if soft:
         live = positions if classes else 0
     else:
-        labels = checked_labels(y, classes, ignore_index)
+        labels = checked_labels(y, classes, ignored)
         live = labels.live
         call.target = labels.array
         p.target = <const int64_t*>cnp.PyArray_DATA(labels.array)

@@ -7,6 +7,8 @@ import numpy as np
 
 from . import _dispatch, _runtime, _threads
 
+VERSION = version("pyx_xent")
+
 
 def _openmp_library():
     """The file of the OpenMP runtime in this process, as far as the system tells."""
@@ -37,7 +39,7 @@ def show_config():
     """
     threads, reason = _threads.available()
     return {
-        "version": version("pyx_xent"),
+        "version": VERSION,
         "isa_compiled": list(_dispatch.compiled),
         "isa_supported": list(_dispatch.supported),
         "isa_active": _dispatch.active,

@@ -87,6 +87,8 @@ def test_ignore_index_must_be_an_int():
     for value in (1.0, "1", None, np.float64(2)):
         with raises(TypeError, "ignore_index must be an int, got "):
             px.cross_entropy(np.zeros((2, 5)), [0, 1], ignore_index=value)
+    with raises(TypeError, "ignore_index must be an int, got float"):
+        px.cross_entropy(np.zeros((2, 5)), np.zeros((2, 5)), ignore_index=-1.0)
     with raises(ValueError, "ignore_index must fit into 64 bits"):
         px.cross_entropy(np.zeros((2, 5)), [0, 1], ignore_index=2**63)
 
@@ -234,6 +236,21 @@ class TestOutputs:
         expected = px.cross_entropy_with_grad(memory[:, ::2].copy(), [0, 1, 2])[1]
         px.cross_entropy_with_grad(memory[:, ::2], [0, 1, 2], grad_out=memory[:, 1::2])
         assert same_bits(memory[:, 1::2], expected)
+
+
+@pytest.mark.spec("S7", "S35")
+def test_memory_maps_are_inputs_and_outputs(rng, tmp_path):
+    logits = rng.normal(size=(4, 40))
+    np.save(tmp_path / "logits.npy", logits)
+    mapped = np.load(tmp_path / "logits.npy", mmap_mode="r")
+    grad_out = np.lib.format.open_memmap(tmp_path / "grad.npy", "w+", np.float64, (4, 40))
+    loss, grad = px.cross_entropy_with_grad(mapped, [0, 1, 2, 3], grad_out=grad_out)
+    expected, expected_grad = px.cross_entropy_with_grad(logits, [0, 1, 2, 3])
+    assert grad is grad_out
+    assert loss == expected
+    assert same_bits(np.load(tmp_path / "grad.npy"), expected_grad)
+    with raises(ValueError, "grad_out is read-only"):
+        px.cross_entropy_with_grad(logits, [0, 1, 2, 3], grad_out=mapped)
 
 
 @pytest.mark.spec("S35")
