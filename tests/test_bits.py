@@ -9,7 +9,7 @@ from pyx_xent import _dispatch
 
 pytestmark = pytest.mark.spec("S36", "S7")
 
-CLASSES = [1, 2, 10, 16, 31, 32, 33, 50, 130, 1000, 2050, 4100]
+CLASSES = [1, 2, 10, 16, 31, 32, 33, 64, 65, 130, 1000, 2050, 4100]
 OPTIONS = [{}, {"label_smoothing": 0.1, "z_loss": 0.01}]
 
 

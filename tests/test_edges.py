@@ -15,7 +15,7 @@ LAYOUTS = ["few classes", "many classes", "class axis inside"]
 def widened(row, layout, dtype):
     """The three-class row with as many -inf classes behind it as the layout's kernel path wants."""
     row = np.asarray(row, dtype)
-    return row if layout == "few classes" else np.concatenate([row, np.full(60, -INF, dtype)])
+    return row if layout == "few classes" else np.concatenate([row, np.full(120, -INF, dtype)])
 
 
 def run(row, target, layout, **options):
@@ -95,7 +95,7 @@ class TestSection6:
 
 
 @pytest.mark.spec("S29")
-@pytest.mark.parametrize("classes", [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 48, 49, 300])
+@pytest.mark.parametrize("classes", [1, 2, 3, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 300])
 def test_nan_at_any_position_makes_the_loss_nan(isa, dtype, rng, classes):
     logits = rng.normal(size=(classes + 2, classes)).astype(dtype)
     target = rng.integers(0, classes, classes + 2)
@@ -112,7 +112,7 @@ def test_nan_at_any_position_makes_the_loss_nan(isa, dtype, rng, classes):
 
 @pytest.mark.spec("S28")
 @pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e-310])
-@pytest.mark.parametrize("classes", [3, 20, 33, 1000])
+@pytest.mark.parametrize("classes", [3, 20, 64, 65, 1000])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_ignored_rows_are_inert(isa, dtype, rng, poison, classes, order):
     logits = rng.normal(size=(40, classes)).astype(dtype)
@@ -132,7 +132,7 @@ def test_ignored_rows_are_inert(isa, dtype, rng, poison, classes, order):
 
 
 @pytest.mark.spec("S26", "S24")
-@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("classes", [3, 100])
 def test_all_ignored(isa, dtype, classes):
     logits, target = np.full((5, classes), NAN, dtype), np.full(5, -100)
     loss, grad = px.cross_entropy_with_grad(logits, target)
