@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t
 
 cdef enum:
     LANES = 16                    # columns or rows that a kernel works on together: one AVX-512 register of floats
-    FEW_CLASSES = 64              # up to here LANES rows, transposed through a scratch, beat a row at a time
+    FEW_CLASSES = 64              # up to here LANES rows, transposed in a scratch, are faster than a row at a time
 
 cdef enum Operation:
     CROSS_ENTROPY

@@ -5,7 +5,7 @@
 # exponent to n, and it is exact. So x is never replaced by a rounded x - max: offset is 0 unless the row's logits are so
 # large that x - offset is exact anyway. A row of logits between -30 and 20 keeps the last digit of each exponential.
 #
-# Coefficients: tools/minimax.py. Largest error: about 0.6 ULP with FMA.
+# Coefficients: tools/minimax.py. Largest error over all float32 in [-87, 87]: 0.91 ULP with FMA, 1.18 without.
 
 from libc.math cimport INFINITY, exp, fabs
 from libc.stdint cimport int64_t, uint32_t, uint64_t

@@ -1,11 +1,12 @@
 # Loops over LANES columns at a time: where the time goes. Everything above only arranges calls of these.
 #
-# A lane is either a column of one long row (rows.pxi: class c is in lane c % LANES, stride LANES) or a row of its own
-# (tiles.pxi: LANES neighbouring rows, stride from one class to the next). Rows and tiles add the terms of a row in the
-# same order - class c to partial sum c % LANES, in float for at most CHUNK terms, then in double, the LANES partial sums
-# as a binary tree - so a row has the same bits whichever way it is computed.
+# A lane is either a column of one long row (rows.pxi: class c is in lane c % LANES) or a row of its own (tiles.pxi: LANES
+# neighbouring rows, a stride from one class to the next). Rows and tiles add the terms of a row in the same order, so a row
+# has the same bits whichever way it is computed: class c to partial sum c % LANES, GROUP terms at a time in the logits'
+# dtype, the groups in double (the strip that the row does not fill is a group of its own); at last the LANES partial sums
+# as a binary tree.
 #
-# The LANES local arrays live in vector registers: one of AVX-512, two of AVX2. Values are copied there before anything is
+# The LANES local arrays live in vector registers: one of AVX-512, two of AVX2. Results are computed there before anything is
 # stored, so that in-place work needs no slower version of the loop.
 
 from pyx_xent._problem cimport (

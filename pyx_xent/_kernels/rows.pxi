@@ -1,8 +1,7 @@
 # One row whose classes lie side by side. Long rows are read from memory once: sum and gradient find them in cache.
 #
-# What leaves a row is (maximum, others): others = sum of e^(x_c - maximum) over all classes but one, the target. Their
-# total 1 + u is never formed before others is known to its last digit, so that log1p(others) and -others / total, the
-# loss and the target's gradient of a row with a confident and right answer, keep their digits.
+# What leaves a row is (maximum, others): others = sum of e^(x_c - maximum) over all classes but one, the target. So where the
+# target has nearly all the probability, its loss log1p(others) and its gradient -others / total keep their digits.
 
 
 cdef struct RowLoss:
@@ -12,9 +11,8 @@ cdef struct RowLoss:
     double at_excluded    # the gradient of the class left out of `others`
 
 
-cdef inline double confident_below(floating kind) noexcept nogil:
-    # A row without an index target is summed again without its largest class when the others come to less than this.
-    return 0.0625
+# A row without an index target is summed again without its largest class when the others come to less than this.
+cdef double CONFIDENT_BELOW = 0.0625
 
 
 cdef inline RowLoss loss_of_row(
@@ -157,7 +155,7 @@ cdef inline Py_ssize_t row_state(
         others[0] = total / of_max
         return excluded
     others[0] = total / of_max - 1.0
-    if keep_digits and others[0] < confident_below[floating](0):
+    if keep_digits and others[0] < CONFIDENT_BELOW:
         excluded = position_of(x, classes, 1, m)
         others[0] = row_max_sum(x, classes, excluded, shift, &m) / of_max
     return excluded
@@ -208,7 +206,8 @@ cdef inline void row_class_term(
 cdef inline void row_gradient(
     const floating* x, Py_ssize_t classes,
     double maximum, double scale,             # in   gradient = scale * e^(x - maximum) - unit * w_c q'_c
-    double unit, const floating* weight, const floating* soft, floating keep, floating spread,
+    bint has_class_term, double unit,
+    const floating* weight, const floating* soft, floating keep, floating spread,
     floating* grad,
 ) noexcept nogil:
     cdef floating offset[LANES]
@@ -227,7 +226,7 @@ cdef inline void row_gradient(
     fill(scales, <floating>(scale / exp_of_shifted(maximum, shift, room)))
     fill(units, <floating>unit)
     lanes_gradient(
-        x, LANES, whole, offset, low, round_by, scales, NULL, units if unit != 0 else NULL,
+        x, LANES, whole, offset, low, round_by, scales, NULL, units if has_class_term else NULL,
         weight, LANES, False, soft, LANES, keep, spread, grad, LANES,
     )
     if at < classes:
@@ -237,7 +236,7 @@ cdef inline void row_gradient(
         if soft != NULL:
             padded(soft + at, classes - at, <floating>0, soft_strip)
         lanes_gradient(
-            strip, LANES, 1, offset, low, round_by, scales, NULL, units if unit != 0 else NULL,
+            strip, LANES, 1, offset, low, round_by, scales, NULL, units if has_class_term else NULL,
             weight_strip if weight != NULL else NULL, LANES, False,
             soft_strip if soft != NULL else NULL, LANES, keep, spread, strip, LANES,
         )
@@ -254,13 +253,14 @@ cdef inline void row_cross_entropy(
     cdef Py_ssize_t excluded = p.target[position] if p.target != NULL else -1
     cdef floating keep = <floating>(1.0 - p.label_smoothing)
     cdef floating spread = <floating>(p.label_smoothing / classes) if p.target == NULL else 0
+    cdef bint has_class_term = p.target == NULL or p.label_smoothing != 0
     cdef double maximum, others, term = 0.0, mass = 0.0, excluded_mass = 1.0
     cdef double hard = 0.0, nll = 0.0, excluded_exp = 1.0, log_total
     cdef RowLoss row
     if p.have_state:
         maximum = p.row_max[position]
         others = p.row_others[position]
-        if excluded < 0 and others < confident_below[floating](0):
+        if excluded < 0 and others < CONFIDENT_BELOW:
             excluded = position_of(x, classes, 1, <floating>maximum)
     else:
         excluded = row_state(x, classes, excluded, True, &maximum, &others)
@@ -277,7 +277,7 @@ cdef inline void row_cross_entropy(
     if p.target != NULL:
         nll = log_total - (x[excluded] - maximum)
         hard = (1.0 - p.label_smoothing) * excluded_mass
-    if p.target == NULL or p.label_smoothing != 0:
+    if has_class_term:
         row_class_term(x, classes, maximum, weight, soft, keep, spread, &term, &mass)
     row = loss_of_row(
         maximum, others, excluded_exp, log_total, hard, nll, p.label_smoothing / classes if p.target != NULL else 1.0,
@@ -286,7 +286,7 @@ cdef inline void row_cross_entropy(
     if p.loss != NULL:
         p.loss[position] = row.loss
     if grad != NULL:
-        row_gradient(x, classes, maximum, row.scale, row.unit, weight, soft, keep, spread, grad)
+        row_gradient(x, classes, maximum, row.scale, has_class_term, row.unit, weight, soft, keep, spread, grad)
         if excluded >= 0:
             grad[excluded] = <floating>row.at_excluded
 
@@ -294,7 +294,7 @@ cdef inline void row_cross_entropy(
 cdef inline void row_softmax(const floating* x, Py_ssize_t classes, floating* out) noexcept nogil:
     cdef double maximum, others
     row_state(x, classes, -1, False, &maximum, &others)
-    row_gradient(x, classes, maximum, 1.0 / (1.0 + others), 0.0, <const floating*>NULL, <const floating*>NULL, 0, 0, out)
+    row_gradient(x, classes, maximum, 1.0 / (1.0 + others), False, 0.0, <const floating*>NULL, <const floating*>NULL, 0, 0, out)
 
 
 cdef inline void row_log_softmax(const floating* x, Py_ssize_t classes, floating* out) noexcept nogil:

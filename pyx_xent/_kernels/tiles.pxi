@@ -125,7 +125,7 @@ cdef void tile_state(
         return
     for l in range(LANES):
         without[l] = -1.0
-        if excluded[l] < 0 and others[l] < confident_below[floating](0):
+        if excluded[l] < 0 and others[l] < CONFIDENT_BELOW:
             without[l] = position_of(x + l, classes, stride, <floating>maximum[l])
             confident = 1
     if confident:
@@ -240,7 +240,7 @@ cdef inline void tile_cross_entropy(
         for l in range(LANES):
             maximum[l] = p.row_max[position + l] if l < rows else 0
             others[l] = p.row_others[position + l] if l < rows else 0
-            if dead[l] == 0 and excluded[l] < 0 and others[l] < confident_below[floating](0):
+            if dead[l] == 0 and excluded[l] < 0 and others[l] < CONFIDENT_BELOW:
                 excluded[l] = position_of(x + l, classes, stride, <floating>maximum[l])
     else:
         tile_state(x, stride, classes, excluded, p.target == NULL, maximum, others)
