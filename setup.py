@@ -22,6 +22,7 @@ ISA_FLAGS = {
     "avx512": {"unix": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "msvc": ["/arch:AVX512"]},
 }
 # The loops over lanes stay functions of their own: inlined into their callers, gcc 12 takes their arrays apart into scalars.
+# clang does not know two of these flags, says so, and goes on.
 KEEP_CALLS = ["-fno-inline-functions", "-fno-inline-small-functions", "-fno-inline-functions-called-once"]
 # Not -ffast-math: NaN and infinity are inputs, and the order of additions is part of the result.
 KERNEL_FLAGS = {

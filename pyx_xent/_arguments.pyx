@@ -191,9 +191,10 @@ cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, int64_t ignor
             bad = i
             break
     if bad >= 0:
-        position = ", ".join(str(k) for k in np.unravel_index(bad, (<object>target).shape)) if target.ndim else ""
+        indices = ", ".join(str(k) for k in np.unravel_index(bad, (<object>target).shape)) if target.ndim else None
+        where = "target" if indices is None else f"target[{indices}]"
         raise IndexError(
-            f"Target {int(original.reshape(-1)[bad])} is out of bounds. (target[{position}]; "
+            f"Target {int(original.reshape(-1)[bad])} is out of bounds. ({where}; "
             f"valid range is [0, {classes}) or ignore_index={ignored})"
         )
     labels.array = flat

@@ -11,7 +11,7 @@ VERSION = version("pyx_xent")
 
 
 def _openmp_library():
-    """The file of the OpenMP runtime in this process, as far as the system tells."""
+    """The files of the OpenMP runtimes in this process, as far as the system tells: ours, and those of torch and the like."""
     if not _runtime.OPENMP:
         return None
     try:
@@ -29,7 +29,7 @@ def show_config():
     -------
     dict
         Keys: version, isa_compiled, isa_supported, isa_active, openmp (date of the specification, 0 if absent),
-        openmp_library, num_threads, num_threads_reason, numpy, python, machine.
+        openmp_library (every OpenMP runtime in the process), num_threads, num_threads_reason, numpy, python, machine.
 
     Examples
     --------

@@ -50,7 +50,7 @@ def test_the_lowest_bad_position_is_named(many_threads):
     target[[17, 500, 999]] = 9, -3, 10
     with raises(IndexError, "Target 9 is out of bounds. (target[17]; valid range is [0, 5) or ignore_index=-100)"):
         px.cross_entropy(np.zeros((1000, 5)), target, num_threads=4)
-    with raises(IndexError, "Target 7 is out of bounds. (target[];"):
+    with raises(IndexError, "Target 7 is out of bounds. (target;"):
         px.cross_entropy(np.zeros(5), 7)
 
 

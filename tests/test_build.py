@@ -1,5 +1,6 @@
 """Instruction sets, threads, OpenMP, fork, and what the package says of itself."""
 
+import json
 import os
 import re
 import shutil
@@ -69,12 +70,16 @@ def test_baseline_modules_hold_no_avx():
 
 
 def test_show_config_and_python_m_say_the_same():
-    config = px.show_config()
-    printed = python("import runpy; runpy.run_module('pyx_xent', run_name='__main__')").stdout
-    for name, value in config.items():
+    code = """if True:
+        import json, runpy, pyx_xent
+        print(json.dumps(pyx_xent.show_config()))
+        runpy.run_module("pyx_xent", run_name="__main__")"""
+    config, _, printed = python(code).stdout.partition("\n")
+    for name, value in json.loads(config).items():
         text = ", ".join(value) if isinstance(value, list) else str(value)
         assert re.search(rf"^{name} +{re.escape(text)}$", printed, re.MULTILINE), name
-    assert config["version"] == px.__version__
+    assert px.show_config().keys() == json.loads(config).keys()
+    assert px.show_config()["version"] == px.__version__
 
 
 def test_public_names():
