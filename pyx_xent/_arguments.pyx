@@ -12,7 +12,7 @@ import numpy as np
 from . import _threads
 
 cimport numpy as cnp
-from libc.math cimport NAN
+from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
@@ -48,7 +48,7 @@ cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
 # One argument
 
 cdef cnp.ndarray as_array(object value, str name):
-    if type(value) is np.ndarray:
+    if cnp.PyArray_CheckExact(value):
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: pass an array without mask")
@@ -155,7 +155,7 @@ cdef class Labels:
 
 cdef int64_t checked_ignore_index(object ignore_index) except? -1:
     try:
-        return operator.index(ignore_index)
+        return ignore_index if type(ignore_index) is int else operator.index(ignore_index)
     except TypeError:
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}") from None
     except OverflowError:
@@ -170,7 +170,7 @@ cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, int64_t ignor
     cdef Py_ssize_t n, i, bad = -1
     if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
         raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
-    if target.dtype.kind == "u" and target.dtype.itemsize == 8:
+    if cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8:
         original = np.array(target, UINT64, order="C")
         flat = original.astype(INT64).reshape(-1)
         # What int64 cannot hold is neither valid nor ignore_index; a label that is neither stands in for it.
@@ -259,6 +259,10 @@ cdef bint overlaps_itself(cnp.ndarray array):
 
 
 cdef bint share_memory(cnp.ndarray a, cnp.ndarray b):
+    cdef char* a_data = <char*>cnp.PyArray_DATA(a)
+    cdef char* b_data = <char*>cnp.PyArray_DATA(b)
+    if cnp.PyArray_ISCARRAY_RO(a) and cnp.PyArray_ISCARRAY_RO(b):   # most calls: two ranges of bytes
+        return a_data < b_data + cnp.PyArray_NBYTES(b) and b_data < a_data + cnp.PyArray_NBYTES(a)
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -463,7 +467,7 @@ def cross_entropy(
     call.reduction = checked_reduction(reduction)
     p.label_smoothing = checked_smoothing(label_smoothing)
     p.z_loss = as_double(z_loss, "z_loss")
-    if not 0.0 <= p.z_loss < float("inf"):
+    if not 0.0 <= p.z_loss < INFINITY:
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if empty not in ("nan", "zero", "raise"):
         raise ValueError(f"empty must be 'nan', 'zero' or 'raise', got {empty!r}")
@@ -482,8 +486,9 @@ def cross_entropy(
             raise ValueError("ignore_index is not supported for floating point target")
         call.loss_shape = shape_without(shape, call.axis)
         call.loss_dtype = np.result_type(dtype, y.dtype, *(() if weights is None else (weights.dtype,)))
-        if call.loss_dtype != FLOAT32 and call.loss_dtype != FLOAT64:
+        if call.loss_dtype not in (FLOAT32, FLOAT64):
             raise TypeError(f"logits, target and weight must promote to float32 or float64, got {call.loss_dtype}")
+        call.loss_dtype = FLOAT64 if call.loss_dtype == FLOAT64 else FLOAT32
     else:
         check_target_shape(target_shape, shape, call.axis, axis is not None)
         call.loss_shape = shape_without(shape, call.axis)
@@ -517,7 +522,7 @@ def cross_entropy(
         if grad_out is not None:
             checked_output(grad_out, "grad_out", shape, dtype, inputs, logits_name)
 
-    p.is_double = call.loss_dtype is FLOAT64 or call.loss_dtype == FLOAT64
+    p.is_double = call.loss_dtype is FLOAT64
     if weights is not None:
         array = np.array(weights, call.loss_dtype, order="C")
         p.weight = cnp.PyArray_DATA(array)
@@ -579,7 +584,7 @@ def softmax(x, axis, out, num_threads, bint logarithm):
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, {"x": array}, None)
-    p.is_double = dtype == FLOAT64
+    p.is_double = dtype is FLOAT64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
     call.read_logits = readable(array, dtype, call.axis, &p.logits)
@@ -602,7 +607,7 @@ def softmax_backward(grad_output, output, axis, out, num_threads, bint logarithm
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, {"output": array, "grad_output": g}, None)
-    p.is_double = dtype == FLOAT64
+    p.is_double = dtype is FLOAT64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
     call.read_logits = readable(array, dtype, call.axis, &p.logits)

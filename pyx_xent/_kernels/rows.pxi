@@ -29,18 +29,18 @@ cdef inline RowLoss loss_of_row(
     # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the entry of one class. No branches,
     # so that a loop over rows is vectorised.
     cdef RowLoss row
-    cdef double total = others + excluded_exp
-    cdef double share = others / total
+    cdef double per_total = 1.0 / (others + excluded_exp)
+    cdef double share = others * per_total
     cdef double lse = maximum + log_total
     cdef double a = (hard + spread * mass) + (2.0 * z_loss * lse if z_loss != 0 else 0.0)
     cdef double at_excluded = hard + spread * excluded_mass
     cdef double loss = hard * nll + (spread * (term + mass * log_total) if spread != 0 else 0.0)
     # A p - K for the class left out; from the others' share where p is near 1.
-    cdef double small = a * (excluded_exp / total) - at_excluded
+    cdef double small = a * (excluded_exp * per_total) - at_excluded
     cdef double large = (a - at_excluded) - a * share
     row.loss = sample * (loss + (z_loss * lse * lse if z_loss != 0 else 0.0))
     row.at_excluded = g * (small if share > 0.5 else large)
-    row.scale = g * a / total
+    row.scale = g * a * per_total
     row.unit = g * spread
     return row
 
