@@ -37,7 +37,7 @@ cdef object FLOAT32 = np.dtype(np.float32)
 cdef object FLOAT64 = np.dtype(np.float64)
 cdef object INT64 = np.dtype(np.int64)
 cdef object UINT64 = np.dtype(np.uint64)
-cdef object LARGEST_INT64 = 2**63 - 1
+cdef object LARGEST_INT64 = np.uint64(2**63 - 1)
 
 
 cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
@@ -65,12 +65,16 @@ cdef cnp.ndarray as_floating(object value, str name):
     return array
 
 
-cdef cnp.ndarray as_real(object value, str name, object dtype):
-    # A C-contiguous, aligned array of `dtype`, whatever real dtype came.
+cdef cnp.ndarray as_real(object value, str name):
     cdef cnp.ndarray array = as_array(value, name)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must be real numbers, got {array.dtype.name}")
-    return np.require(array, dtype, ["C", "A"])
+    return array
+
+
+cdef cnp.ndarray as_doubles(object value, str name):
+    # Native, aligned and C-contiguous, whatever real dtype came.
+    return np.require(as_real(value, name), FLOAT64, ["C", "A"])
 
 
 cdef double as_double(object value, str name) except? -1.0:
@@ -113,9 +117,7 @@ cdef double checked_smoothing(object label_smoothing) except -1.0:
 
 
 cdef object checked_weight(object weight, Py_ssize_t classes):
-    cdef cnp.ndarray array = as_array(weight, "weight")
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"weight must be real numbers, got {array.dtype.name}")
+    cdef cnp.ndarray array = as_real(weight, "weight")
     if array.ndim != 1 or cnp.PyArray_DIM(array, 0) != classes:
         raise ValueError(
             f"weight tensor should be defined either for all {classes} classes or no classes "
@@ -174,7 +176,7 @@ cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, int64_t ignor
         original = np.array(target, UINT64, order="C")
         flat = original.astype(INT64).reshape(-1)
         # What int64 cannot hold is neither valid nor ignore_index; a label that is neither stands in for it.
-        flat[original.reshape(-1) > UINT64.type(LARGEST_INT64)] = classes if ignored != classes else classes + 1
+        flat[original.reshape(-1) > LARGEST_INT64] = classes if ignored != classes else classes + 1
     elif cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
         flat = original = new_array(cnp.PyArray_SIZE(target), cnp.NPY_INT64)
         memcpy(cnp.PyArray_DATA(flat), cnp.PyArray_DATA(target), cnp.PyArray_NBYTES(target))
@@ -307,7 +309,7 @@ cdef cnp.ndarray checked_output(object out, str name, tuple shape, object dtype,
 # The call
 
 cdef class Call:
-    """A checked call: run it with a kernel module's `run`, then take `output` and `loss()`."""
+    """A checked call: run it with a kernel module's `run`, then take `loss()` and `gradient()`."""
 
     def loss(self):
         """The reduced loss: a NumPy scalar, an array for reduction "none", or `out`."""
@@ -335,7 +337,7 @@ cdef class Call:
         return self.loss_dtype.type(total)
 
     def gradient(self):
-        """`output` once it is computed."""
+        """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""
         output, self.output = self.output, None
         if self.computed is not None:
             np.copyto(output, self.computed, casting="same_kind")
@@ -359,7 +361,7 @@ cdef int set_grad_output(Call call, object grad_output) except -1:
     call.problem.grad_output = NULL
     call.problem.grad_scale = 1.0
     if grad_output is not None:
-        array = as_real(grad_output, "grad_output", FLOAT64)
+        array = as_doubles(grad_output, "grad_output")
         if array.ndim == 0:
             call.problem.grad_scale = array.item()
         elif call.reduction != NONE:
@@ -498,7 +500,7 @@ def cross_entropy(
         if i != call.axis:
             positions *= cnp.PyArray_DIM(x, i)
     if sample_weight is not None:
-        samples = as_real(sample_weight, "sample_weight", FLOAT64)
+        samples = as_doubles(sample_weight, "sample_weight")
         if samples.shape != call.loss_shape and (soft or samples.shape != target_shape):
             raise ValueError(f"sample_weight must have shape {call.loss_shape}, got {samples.shape}")
 

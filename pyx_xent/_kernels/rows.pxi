@@ -125,13 +125,12 @@ cdef inline bint misses(double maximum, double reference, floating kind) noexcep
     return maximum > reference + window(kind) or -INFINITY < maximum < reference
 
 
-cdef inline Py_ssize_t row_state(
+cdef inline void row_state(
     const floating* x, Py_ssize_t classes,
     Py_ssize_t excluded,                      # in   the target; -1: none, then a confident row leaves out its largest
     bint keep_digits,                         # in   do that
-    double* maximum, double* others,          # out
+    double* maximum, double* others,          # out  without a target and not confident: all classes, less 1
 ) noexcept nogil:
-    # out  the class left out, or -1
     # One pass over memory, with a reference guessed from the row's start and its target; a second one is rare.
     cdef floating m
     cdef floating strip[LANES]
@@ -153,12 +152,10 @@ cdef inline Py_ssize_t row_state(
     maximum[0] = m
     if excluded >= 0:
         others[0] = total / of_max
-        return excluded
+        return
     others[0] = total / of_max - 1.0
     if keep_digits and others[0] < CONFIDENT_BELOW:
-        excluded = position_of(x, classes, 1, m)
-        others[0] = row_max_sum(x, classes, excluded, shift, &m) / of_max
-    return excluded
+        others[0] = row_max_sum(x, classes, position_of(x, classes, 1, m), shift, &m) / of_max
 
 
 cdef inline void row_class_term(
@@ -260,13 +257,13 @@ cdef inline void row_cross_entropy(
     if p.have_state:
         maximum = p.row_max[position]
         others = p.row_others[position]
-        if excluded < 0 and others < CONFIDENT_BELOW:
-            excluded = position_of(x, classes, 1, <floating>maximum)
     else:
-        excluded = row_state(x, classes, excluded, True, &maximum, &others)
+        row_state(x, classes, excluded, True, &maximum, &others)
         if p.row_max != NULL:
             p.row_max[position] = maximum
             p.row_others[position] = others
+    if excluded < 0 and others < CONFIDENT_BELOW:
+        excluded = position_of(x, classes, 1, <floating>maximum)
     if excluded >= 0:
         excluded_exp = exp_below_zero(x[excluded] - maximum)
         if weight != NULL:

@@ -8,6 +8,13 @@ cdef struct TileShift:        # Shift of each lane
     double exponent[LANES]
 
 
+cdef inline Shift shift_of_lane(const TileShift* shift, int lane) noexcept nogil:
+    cdef Shift one
+    one.offset = shift.offset[lane]
+    one.exponent = shift.exponent[lane]
+    return one
+
+
 cdef void shift_tile(const double* reference, TileShift* shift, floating kind) noexcept nogil:
     cdef int l
     cdef Shift one
@@ -24,8 +31,7 @@ cdef void tile_constants(
     cdef int l
     cdef Shift one
     for l in range(LANES):
-        one.offset = shift.offset[l]
-        one.exponent = shift.exponent[l]
+        one = shift_of_lane(shift, l)
         offset[l] = <floating>one.offset
         low[l] = <floating>lowest[floating](one, room[l], 0)
         round_by[l] = <floating>rounder[floating](one, room[l], 0)
@@ -33,11 +39,8 @@ cdef void tile_constants(
 
 cdef void tile_exp_shifted(const double* x, const TileShift* shift, const double* room, double* result) noexcept nogil:
     cdef int l
-    cdef Shift one
     for l in range(LANES):
-        one.offset = shift.offset[l]
-        one.exponent = shift.exponent[l]
-        result[l] = exp_of_shifted(x[l], one, room[l])
+        result[l] = exp_of_shifted(x[l], shift_of_lane(shift, l), room[l])
 
 
 cdef void tile_max_sum(
@@ -87,7 +90,7 @@ cdef void fold_tile(
 
 cdef void tile_state(
     const floating* x, Py_ssize_t stride, Py_ssize_t classes,
-    double* excluded,                         # in/out  (LANES,)  see row_state
+    const double* excluded,                   # in   (LANES,)  see row_state
     bint keep_digits,
     double* maximum, double* others,          # out  (LANES,)
 ) noexcept nogil:
@@ -133,7 +136,6 @@ cdef void tile_state(
         for l in range(LANES):
             if without[l] >= 0:
                 others[l] = total[l] / of_max[l]
-                excluded[l] = without[l]
 
 
 cdef void tile_class_term(
@@ -240,8 +242,6 @@ cdef inline void tile_cross_entropy(
         for l in range(LANES):
             maximum[l] = p.row_max[position + l] if l < rows else 0
             others[l] = p.row_others[position + l] if l < rows else 0
-            if dead[l] == 0 and excluded[l] < 0 and others[l] < CONFIDENT_BELOW:
-                excluded[l] = position_of(x + l, classes, stride, <floating>maximum[l])
     else:
         tile_state(x, stride, classes, excluded, p.target == NULL, maximum, others)
         if p.row_max != NULL:
@@ -250,6 +250,8 @@ cdef inline void tile_cross_entropy(
                     p.row_max[position + l] = maximum[l]
                     p.row_others[position + l] = others[l]
     for l in range(LANES):
+        if dead[l] == 0 and excluded[l] < 0 and others[l] < CONFIDENT_BELOW:
+            excluded[l] = position_of(x + l, classes, stride, <floating>maximum[l])
         at_excluded_logit[l] = 0
         excluded_mass[l] = 1
         sample[l] = sample_of(p, position + l) if l < rows else 0
@@ -360,7 +362,6 @@ cdef inline void tile_backward(
     cdef double total[LANES]
     cdef double largest[LANES]
     cdef double room[LANES]
-    cdef Shift one
     cdef TileShift shift
     cdef Py_ssize_t first = 0, size, at, residues = min(p.classes, <Py_ssize_t>LANES)
     cdef bint weighted = p.operation == SOFTMAX_BACKWARD
@@ -390,9 +391,7 @@ cdef inline void tile_backward(
     shift_tile[floating](largest, &shift, 0)
     tile_constants(&shift, room, offset, low, round_by)
     for l in range(LANES):
-        one.offset = shift.offset[l]
-        one.exponent = shift.exponent[l]
-        k[l] = <floating>exp_scale_of_log_probs[floating](largest[l], one, total[l], 0)
+        k[l] = <floating>exp_scale_of_log_probs[floating](largest[l], shift_of_lane(&shift, l), total[l], 0)
     lanes_log_softmax_backward(
         output, stride, grad_output, grad_output_stride, p.classes, offset, low, round_by, k, grad, grad_stride
     )
