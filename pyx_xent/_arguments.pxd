@@ -9,6 +9,7 @@ cdef class Call:
     cdef tuple memory             # weight, sample_weight, state
     cdef object grad_output       # (positions,) float64
     cdef object scratch
+    cdef object parts
     cdef object output             # softmax, gradients: the array the caller gets
     cdef object computed          # where the kernels write it, if elsewhere (layout or dtype)
     cdef object loss_array        # (positions,) float64

@@ -17,27 +17,39 @@ from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
 from pyx_xent._problem cimport (
+    BFLOAT16,
+    BLOCK,
     CROSS_ENTROPY,
     FEW_CLASSES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
     LANES,
     LOG_SOFTMAX,
     LOG_SOFTMAX_BACKWARD,
     NLL,
+    SEGMENT,
     SOFTMAX,
     SOFTMAX_BACKWARD,
     ClassArray,
     Problem,
+    Storage,
 )
 
 cnp.import_array()
 
 cdef int NONE = 0, MEAN = 1, SUM = 2
 cdef dict REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
-cdef object FLOAT32 = np.dtype(np.float32)
-cdef object FLOAT64 = np.dtype(np.float64)
-cdef object INT64 = np.dtype(np.int64)
-cdef object UINT64 = np.dtype(np.uint64)
+cdef object float32 = np.dtype(np.float32)
+cdef object float64 = np.dtype(np.float64)
+cdef object int64 = np.dtype(np.int64)
+cdef object uint64 = np.dtype(np.uint64)
 cdef object LARGEST_INT64 = np.uint64(2**63 - 1)
+
+# A gradient of this size will not be found in a cache: it is stored past them.
+cdef Py_ssize_t STREAM_BYTES = 1 << 25
+# So many classes of a row are worth waking threads for.
+cdef Py_ssize_t CLASSES_WORTH_SHARING = 4 * SEGMENT
 
 
 cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
@@ -57,24 +69,37 @@ cdef cnp.ndarray as_array(object value, str name):
     return np.asarray(value)
 
 
+cdef int storage_of(cnp.ndarray array) noexcept:
+    # A Storage, or -1. ml_dtypes registers bfloat16 with NumPy; an array of it exists only where that is installed.
+    cdef int kind = cnp.PyArray_TYPE(array)
+    if kind == cnp.NPY_FLOAT32:
+        return FLOAT32
+    if kind == cnp.NPY_FLOAT64:
+        return FLOAT64
+    if kind == cnp.NPY_FLOAT16:
+        return FLOAT16
+    if cnp.PyTypeNum_ISUSERDEF(kind) and array.dtype.name == "bfloat16":
+        return BFLOAT16
+    return -1
+
+
 cdef cnp.ndarray as_floating(object value, str name):
     cdef cnp.ndarray array = as_array(value, name)
-    cdef int kind = cnp.PyArray_TYPE(array)
-    if kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64:
-        raise TypeError(f"{name} must be float32 or float64, got {array.dtype.name}")
+    if storage_of(array) < 0:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {array.dtype.name}")
     return array
 
 
 cdef cnp.ndarray as_real(object value, str name):
     cdef cnp.ndarray array = as_array(value, name)
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "fiub" and storage_of(array) != BFLOAT16:
         raise TypeError(f"{name} must be real numbers, got {array.dtype.name}")
     return array
 
 
 cdef cnp.ndarray as_doubles(object value, str name):
     # Native, aligned and C-contiguous, whatever real dtype came.
-    return np.require(as_real(value, name), FLOAT64, ["C", "A"])
+    return np.require(as_real(value, name), float64, ["C", "A"])
 
 
 cdef double as_double(object value, str name) except? -1.0:
@@ -99,7 +124,10 @@ cdef int checked_axis(object axis, int ndim) except -1:
 
 
 cdef object native_dtype(cnp.ndarray array):
-    return FLOAT64 if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64 else FLOAT32
+    cdef int kind = cnp.PyArray_TYPE(array)
+    if kind == cnp.NPY_FLOAT32:
+        return float32
+    return float64 if kind == cnp.NPY_FLOAT64 else array.dtype.newbyteorder("=")
 
 
 cdef int checked_reduction(object reduction) except -1:
@@ -173,15 +201,15 @@ cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, int64_t ignor
     if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
         raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
     if cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8:
-        original = np.array(target, UINT64, order="C")
-        flat = original.astype(INT64).reshape(-1)
+        original = np.array(target, uint64, order="C")
+        flat = original.astype(int64).reshape(-1)
         # What int64 cannot hold is neither valid nor ignore_index; a label that is neither stands in for it.
         flat[original.reshape(-1) > LARGEST_INT64] = classes if ignored != classes else classes + 1
     elif cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
         flat = original = new_array(cnp.PyArray_SIZE(target), cnp.NPY_INT64)
         memcpy(cnp.PyArray_DATA(flat), cnp.PyArray_DATA(target), cnp.PyArray_NBYTES(target))
     else:
-        flat = original = np.array(target, INT64, order="C").reshape(-1)
+        flat = original = np.array(target, int64, order="C").reshape(-1)
     n = cnp.PyArray_SIZE(flat)
     label = <int64_t*>cnp.PyArray_DATA(flat)
     for i in range(n):
@@ -233,17 +261,18 @@ cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except 
     if cnp.PyArray_STRIDE(array, axis) % itemsize != 0:
         return False
     description.data = cnp.PyArray_DATA(array)
+    description.storage = <Storage>storage_of(array)
     description.outer = found[0]
     description.classes = cnp.PyArray_STRIDE(array, axis) // itemsize
     description.inner = found[1]
     return True
 
 
-cdef cnp.ndarray readable(cnp.ndarray array, object dtype, int axis, ClassArray* description):
-    """`array`, or a copy of it in `dtype` and C order, described."""
-    if (array.dtype is dtype or array.dtype == dtype) and describe(array, axis, description):
+cdef cnp.ndarray readable(cnp.ndarray array, int axis, ClassArray* description):
+    """`array`, or a copy of it in C order, described."""
+    if describe(array, axis, description):
         return array
-    array = np.array(array, dtype, order="C", subok=False)
+    array = np.array(array, native_dtype(array), order="C", subok=False)
     describe(array, axis, description)
     return array
 
@@ -320,7 +349,7 @@ cdef class Call:
         if self.reduction == NONE:
             result = self.loss_array.reshape(self.loss_shape)
             if self.loss_out is not None:
-                np.copyto(self.loss_out, result, casting="same_kind")
+                np.copyto(self.loss_out, result, casting="unsafe")
                 return self.loss_out
             return result.astype(self.loss_dtype, copy=False)[()]
         # Eight sums in a fixed order: as fast as memory, and the same whatever the threads and the layout were.
@@ -340,7 +369,7 @@ cdef class Call:
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""
         output, self.output = self.output, None
         if self.computed is not None:
-            np.copyto(output, self.computed, casting="same_kind")
+            np.copyto(output, self.computed)
             self.computed = None
         return output
 
@@ -380,7 +409,6 @@ cdef int set_gradient(Call call, object grad_out) except -1:
     # Decides where the gradient is written: grad_out, a fresh array laid out like the logits, or by way of a temporary.
     cdef Problem* p = &call.problem
     cdef cnp.ndarray output, computed
-    cdef object dtype = FLOAT64 if p.is_double else FLOAT32
     if grad_out is None:
         output = call.logits
         if cnp.PyArray_ISCARRAY_RO(output):
@@ -390,8 +418,8 @@ cdef int set_gradient(Call call, object grad_out) except -1:
     output = grad_out
     call.output = output
     call.computed = None
-    if (output.dtype is not dtype and output.dtype != dtype) or not describe(output, call.axis, &p.grad):
-        computed = np.empty((<object>output).shape, dtype)
+    if not describe(output, call.axis, &p.grad):
+        computed = np.empty((<object>output).shape, output.dtype)
         describe(computed, call.axis, &p.grad)
         call.computed = computed
     return settle(call)
@@ -401,11 +429,11 @@ cdef int settle(Call call) except -1:
     # Last step of every call: the shape (outer, classes, inner), and a scratch where the kernels need one.
     cdef Problem* p = &call.problem
     cdef ClassArray* arrays[3]
-    cdef bint along_classes = True, one_stride = True
+    cdef bint one_stride = True, across = True
     cdef int k
-    cdef Py_ssize_t size = 0
+    cdef Py_ssize_t size
     cdef tuple shape = (<object>call.logits).shape
-    cdef cnp.ndarray scratch
+    cdef cnp.ndarray scratch, parts
     arrays[0], arrays[1], arrays[2] = &p.logits, &p.soft, &p.grad
     p.outer = p.inner = 1
     for k in range(len(shape)):
@@ -423,21 +451,32 @@ cdef int settle(Call call) except -1:
             arrays[k].outer = 0
     for k in range(3):
         if arrays[k].data != NULL:
-            along_classes = along_classes and arrays[k].classes == 1
             one_stride = one_stride and arrays[k].outer == arrays[k].inner * p.inner
+            across = across and arrays[k].inner == 1
     if one_stride and p.outer > 1:
         p.inner *= p.outer
         p.outer = 1
-    if p.classes <= FEW_CLASSES:
-        size = 3 * LANES * FEW_CLASSES
-    elif not along_classes:
-        size = 3 * p.classes
-    p.scratch = NULL
+    across = (across and p.inner >= LANES) or p.classes <= FEW_CLASSES
+    # What the rows that are worked on together take in a scratch.
+    size = p.classes * (LANES if across else max(<Py_ssize_t>1, min(<Py_ssize_t>LANES, BLOCK // max(p.classes, 1))))
+    p.keep = p.grad.data != NULL and (not across or size <= 4 * BLOCK)
+    p.stream = (
+        p.grad.data != NULL and p.grad.data != p.logits.data
+        and p.outer * p.inner * p.classes * cnp.PyArray_ITEMSIZE(call.logits) >= STREAM_BYTES
+    )
+    p.shared = (
+        p.num_threads > 1 and not across and p.outer * p.inner < min(4 * p.num_threads, <int>LANES)
+        and p.classes >= CLASSES_WORTH_SHARING
+    )
+    # Pages that the kernels do not come to use are never touched.
+    scratch = new_array((1 if p.shared else p.num_threads) * 3 * size, cnp.NPY_FLOAT64 if p.is_double else cnp.NPY_FLOAT32)
+    p.scratch = cnp.PyArray_DATA(scratch)
     p.scratch_size = size
-    if size:
-        scratch = new_array(p.num_threads * size, cnp.NPY_FLOAT64 if p.is_double else cnp.NPY_FLOAT32)
-        p.scratch = cnp.PyArray_DATA(scratch)
-        call.scratch = scratch
+    call.scratch = scratch
+    if p.shared:
+        parts = new_array(2 * (p.classes // SEGMENT + 1), cnp.NPY_FLOAT64)
+        p.parts = <double*>cnp.PyArray_DATA(parts)
+        call.parts = parts
     return 0
 
 
@@ -482,15 +521,14 @@ def cross_entropy(
     soft = target_shape == shape and not nll
     call.loss_dtype = dtype
     if soft:
-        if y.dtype.kind != "f":
+        if y.dtype.kind != "f" and storage_of(y) != BFLOAT16:
             raise TypeError(f"Expected floating point type for target with class probabilities, got {y.dtype.name}")
         if ignored >= 0:
             raise ValueError("ignore_index is not supported for floating point target")
         call.loss_shape = shape_without(shape, call.axis)
         call.loss_dtype = np.result_type(dtype, y.dtype, *(() if weights is None else (weights.dtype,)))
-        if call.loss_dtype not in (FLOAT32, FLOAT64):
+        if storage_of(y) < 0 or storage_of(np.empty(0, call.loss_dtype)) < 0:
             raise TypeError(f"logits, target and weight must promote to float32 or float64, got {call.loss_dtype}")
-        call.loss_dtype = FLOAT64 if call.loss_dtype == FLOAT64 else FLOAT32
     else:
         check_target_shape(target_shape, shape, call.axis, axis is not None)
         call.loss_shape = shape_without(shape, call.axis)
@@ -524,9 +562,9 @@ def cross_entropy(
         if grad_out is not None:
             checked_output(grad_out, "grad_out", shape, dtype, inputs, logits_name)
 
-    p.is_double = call.loss_dtype is FLOAT64
+    p.is_double = call.loss_dtype == float64
     if weights is not None:
-        array = np.array(weights, call.loss_dtype, order="C")
+        array = np.array(weights, float64 if p.is_double else float32, order="C")
         p.weight = cnp.PyArray_DATA(array)
         weights = array
     if samples is not None:
@@ -543,9 +581,9 @@ def cross_entropy(
     call.logits = x
     call.loss_array = new_array(positions, cnp.NPY_FLOAT64) if classes else np.zeros(positions)
     p.loss = <double*>cnp.PyArray_DATA(call.loss_array)
-    call.read_logits = readable(x, call.loss_dtype, call.axis, &p.logits)
+    call.read_logits = readable(x, call.axis, &p.logits)
     if soft:
-        call.read_soft = readable(y, call.loss_dtype, call.axis, &p.soft)
+        call.read_soft = readable(y, call.axis, &p.soft)
     call.memory = (weights, samples)
     if keep_state:
         array = np.empty((2, positions))
@@ -586,10 +624,10 @@ def softmax(x, axis, out, num_threads, bint logarithm):
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, {"x": array}, None)
-    p.is_double = dtype is FLOAT64
+    p.is_double = dtype is float64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
-    call.read_logits = readable(array, dtype, call.axis, &p.logits)
+    call.read_logits = readable(array, call.axis, &p.logits)
     set_gradient(call, out)
     return call
 
@@ -603,16 +641,16 @@ def softmax_backward(grad_output, output, axis, out, num_threads, bint logarithm
     cdef object dtype = native_dtype(array)
     if (<object>g).shape != (<object>array).shape:
         raise ValueError(f"grad_output must have the shape of output, {(<object>array).shape}, got {(<object>g).shape}")
-    if native_dtype(g) is not dtype:
+    if native_dtype(g) != dtype:
         raise TypeError(f"grad_output must have the dtype of output, {dtype.name}, got {g.dtype.name}")
     p.operation = LOG_SOFTMAX_BACKWARD if logarithm else SOFTMAX_BACKWARD
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, {"output": array, "grad_output": g}, None)
-    p.is_double = dtype is FLOAT64
+    p.is_double = dtype is float64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
-    call.read_logits = readable(array, dtype, call.axis, &p.logits)
-    call.read_soft = readable(g, dtype, call.axis, &p.soft)
+    call.read_logits = readable(array, call.axis, &p.logits)
+    call.read_soft = readable(g, call.axis, &p.soft)
     set_gradient(call, out)
     return call

@@ -8,6 +8,14 @@ from libc.stdint cimport int64_t
 cdef enum:
     LANES = 16                    # columns or rows that a kernel works on together: one AVX-512 register of floats
     FEW_CLASSES = 64              # up to here LANES rows, transposed in a scratch, are faster than a row at a time
+    SEGMENT = 8192                # classes of a row that are added up before they go to its total; threads may share segments
+    BLOCK = 32768                 # elements of the rows that are worked on together: they stay in cache
+
+cdef enum Storage:
+    FLOAT32
+    FLOAT64
+    FLOAT16
+    BFLOAT16
 
 cdef enum Operation:
     CROSS_ENTROPY
@@ -18,15 +26,19 @@ cdef enum Operation:
     LOG_SOFTMAX_BACKWARD
 
 cdef struct ClassArray:
-    void* data                    # float or double; NULL: absent
+    void* data                    # NULL: absent
+    Storage storage               # of one number there
     Py_ssize_t outer              # strides, in elements
     Py_ssize_t classes
     Py_ssize_t inner
 
 cdef struct Problem:
     Operation operation
-    bint is_double
+    bint is_double                # computed in double, else in float
     int num_threads
+    bint shared                   # the threads share each row, else each takes rows of its own
+    bint stream                   # store the gradient past the caches
+    bint keep                     # keep the exponentials of the sum for the gradient
     Py_ssize_t outer
     Py_ssize_t classes
     Py_ssize_t inner
@@ -44,5 +56,6 @@ cdef struct Problem:
     double* row_max               # state for a later backward: out, or in if have_state; NULL: not wanted
     double* row_others            # out or in  sum of exp(logit - max) over all classes but the target
     bint have_state
-    void* scratch                 # (num_threads, scratch_size) of the logits' dtype
+    void* scratch                 # (num_threads, 3, scratch_size) of float or double, as computed: for logits, soft, grad
     Py_ssize_t scratch_size
+    double* parts                 # (segments, 2) if shared

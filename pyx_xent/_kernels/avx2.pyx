@@ -2,6 +2,8 @@
 
 include "exp.pxi"
 include "lanes.pxi"
-include "rows.pxi"
-include "tiles.pxi"
+include "storage.pxi"
+include "work.pxi"
+include "blocks.pxi"
+include "operations.pxi"
 include "batch.pxi"

@@ -1,140 +1,200 @@
-# Rows handed to threads: the only place with prange, and the only functions that Python sees.
+# Rows handed to threads, and the only function that Python sees. (The other prange, of threads that share a long row, is in
+# work.pxi.)
 #
-# A row's result depends on nothing but the row, so any split among threads gives the same bits. Four ways to reach a row,
-# by what lies side by side in memory: the classes (rows.pxi), the rows (tiles.pxi), or neither, or few classes: then rows
-# go through a small scratch.
+# A row's result depends on nothing but the row, so any split among threads gives the same bits. By what lies side by side in
+# memory, LANES rows are computed across the lanes (few classes, or rows next to each other), or one after the other.
+# Rows that a kernel cannot read or write where they are (strides, half precision, few classes) go through a scratch.
 
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport threadid
 
 from pyx_xent._arguments cimport Call
 
 
-cdef inline void do_row(
-    const Problem* p, Py_ssize_t position, const floating* x, const floating* soft, floating* grad
-) noexcept nogil:
-    if p.operation == CROSS_ENTROPY:
-        row_cross_entropy(p, position, x, soft, grad)
-    elif p.operation == SOFTMAX:
-        row_softmax(x, p.classes, grad)
-    elif p.operation == LOG_SOFTMAX:
-        row_log_softmax(x, p.classes, grad)
-    else:
-        row_backward(p.operation, x, soft, p.classes, grad)
-
-
-cdef inline void do_tile(
-    const Problem* p, Py_ssize_t position, int rows,
-    const floating* x, Py_ssize_t stride,
-    const floating* soft, Py_ssize_t soft_stride,
-    floating* grad, Py_ssize_t grad_stride,
-) noexcept nogil:
-    if p.operation == CROSS_ENTROPY:
-        tile_cross_entropy(p, position, rows, x, stride, soft, soft_stride, grad, grad_stride)
-    elif p.operation == SOFTMAX or p.operation == LOG_SOFTMAX:
-        tile_softmax(p, x, stride, grad, grad_stride)
-    else:
-        tile_backward(p, x, stride, soft, soft_stride, grad, grad_stride)
-
-
-cdef inline floating* at(const ClassArray* array, Py_ssize_t outer, Py_ssize_t inner, floating kind) noexcept nogil:
+cdef inline bint lies_along(const ClassArray* array, bint classes, bint is_double) noexcept nogil:
+    # Are the classes (else: the rows) next to each other, in the dtype that is computed with? Absent arrays are like that.
     if array.data == NULL:
-        return NULL
-    return <floating*>array.data + outer * array.outer + inner * array.inner
+        return True
+    return (array.classes if classes else array.inner) == 1 and array.storage == (FLOAT64 if is_double else FLOAT32)
 
 
-cdef inline bint lies_along(const ClassArray* array, bint classes) noexcept nogil:
-    # Are the classes (else: the rows) next to each other? An absent array agrees with anything.
-    return array.data == NULL or (array.classes if classes else array.inner) == 1
-
-
-cdef inline void gather(
-    const floating* array, Py_ssize_t class_stride, Py_ssize_t row_stride, Py_ssize_t classes, int rows, int width,
-    floating* scratch,                        # out  (classes, width), width >= rows: the rest is 0
+cdef void gather(
+    const ClassArray* array, const void* data, Py_ssize_t classes, int rows,
+    floating* tile,                           # out  (classes, LANES)  what is beyond `rows` is 0
 ) noexcept nogil:
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, size = size_of(array.storage)
     cdef int l
-    for c in range(classes):
-        for l in range(rows):
-            scratch[c * width + l] = array[c * class_stride + l * row_stride]
-        for l in range(rows, width):
-            scratch[c * width + l] = 0
-
-
-cdef inline void scatter(
-    const floating* scratch, Py_ssize_t classes, int rows, int width,
-    floating* array, Py_ssize_t class_stride, Py_ssize_t row_stride,
-) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef int l
-    for l in range(rows):
+    if rows < LANES:
+        memset(tile, 0, classes * LANES * sizeof(floating))
+    if array.inner == 1:
         for c in range(classes):
-            array[c * class_stride + l * row_stride] = scratch[c * width + l]
+            load(<const char*>data + c * array.classes * size, array.storage, 1, rows, tile + c * LANES, 1)
+    else:
+        for l in range(rows):
+            load(<const char*>data + l * array.inner * size, array.storage, array.classes, classes, tile + l, LANES)
+
+
+cdef void scatter(
+    const floating* tile, const ClassArray* array, void* data, Py_ssize_t classes, int rows
+) noexcept nogil:
+    cdef Py_ssize_t c, size = size_of(array.storage)
+    cdef int l
+    if array.inner == 1:
+        for c in range(classes):
+            store(tile + c * LANES, 1, rows, <char*>data + c * array.classes * size, array.storage, 1)
+    else:
+        for l in range(rows):
+            store(tile + l, LANES, classes, <char*>data + l * array.inner * size, array.storage, array.classes)
+
+
+cdef void do_across(
+    Block* b, Py_ssize_t outer, Py_ssize_t inner, bint direct, floating* scratch
+) noexcept nogil:
+    cdef const Problem* p = b.problem
+    cdef void* x = element(&p.logits, outer, inner)
+    cdef void* other = element(&p.soft, outer, inner)
+    cdef void* out = element(&p.grad, outer, inner)
+    cdef floating* third = scratch + 2 * p.scratch_size
+    cdef Py_ssize_t c
+    b.work.across = True
+    b.moved = scratch
+    b.work.stream = False
+    b.work.next = NULL
+    if b.live == 0:
+        if out != NULL:
+            for c in range(p.classes):
+                store_zeros(
+                    <char*>out + c * p.grad.classes * size_of(p.grad.storage), p.grad.storage, p.grad.inner, b.rows, False
+                )
+        return
+    if direct:
+        b.work.x, b.work.stride = x, p.logits.classes
+        b.work.other, b.work.other_stride = other, p.soft.classes
+        b.work.out, b.work.out_stride = out, p.grad.classes
+        b.work.kept = third if p.keep else NULL
+        do_block[floating](b, 0)
+        return
+    gather(&p.logits, x, p.classes, b.rows, scratch)
+    b.work.x, b.work.stride = scratch, LANES
+    b.work.other, b.work.other_stride = NULL, LANES
+    if other != NULL:
+        gather(&p.soft, other, p.classes, b.rows, scratch + p.scratch_size)
+        b.work.other = scratch + p.scratch_size
+    b.work.out, b.work.out_stride = third if out != NULL else NULL, LANES
+    b.work.kept = third if p.keep else NULL
+    do_block[floating](b, 0)
+    if out != NULL:
+        scatter(third, &p.grad, out, p.classes, b.rows)
+
+
+cdef void do_along(Block* b, Py_ssize_t outer, Py_ssize_t inner, floating* scratch) noexcept nogil:
+    cdef const Problem* p = b.problem
+    cdef bint direct_x = lies_along(&p.logits, True, p.is_double)
+    cdef bint direct_other = lies_along(&p.soft, True, p.is_double)
+    cdef bint direct_out = lies_along(&p.grad, True, p.is_double)
+    cdef void* x
+    cdef void* other
+    cdef void* out
+    cdef floating* row
+    cdef int l
+    b.work.across = False
+    b.moved = scratch
+    b.work.stream = p.stream and direct_out
+    b.work.next = NULL
+    for l in range(b.rows):
+        x = element(&p.logits, outer, inner + l)
+        other = element(&p.soft, outer, inner + l)
+        out = element(&p.grad, outer, inner + l)
+        row = scratch + l * p.classes
+        if b.dead[l] != 0:
+            if out != NULL:
+                store_zeros(out, p.grad.storage, p.grad.classes, p.classes, p.stream)
+            continue
+        b.x[l], b.other[l], b.out[l] = x, other, out
+        if not direct_x:
+            load(x, p.logits.storage, p.logits.classes, p.classes, row, 1)
+            b.x[l] = row
+        elif b.rows == 1 and p.logits.inner == p.classes:
+            b.work.next = <const char*>x + p.classes * sizeof(floating)
+        if not direct_other:
+            load(other, p.soft.storage, p.soft.classes, p.classes, row + p.scratch_size, 1)
+            b.other[l] = row + p.scratch_size
+        row += 2 * p.scratch_size
+        if not direct_out:
+            b.out[l] = row
+        # The exponentials wait where the gradient will be, unless the logits are still needed there.
+        b.kept[l] = NULL
+        if p.keep:
+            b.kept[l] = row if b.work.stream or x == out else b.out[l]
+    if b.live > 0:
+        do_block[floating](b, 0)
+    if not direct_out:
+        for l in range(b.rows):
+            if b.dead[l] == 0:
+                store(<const floating*>b.out[l], 1, p.classes, element(&p.grad, outer, inner + l), p.grad.storage, p.grad.classes)
 
 
 cdef void do_slice(
     const Problem* p, Py_ssize_t position, Py_ssize_t end,     # in   these positions
-    floating* scratch,                        # (3 * max(classes, LANES * FEW_CLASSES),) or NULL if never needed
+    floating* scratch,                        # (3, scratch_size)
 ) noexcept nogil:
-    cdef bint along_classes = lies_along(&p.logits, True) and lies_along(&p.soft, True) and lies_along(&p.grad, True)
-    cdef bint along_rows = lies_along(&p.logits, False) and lies_along(&p.soft, False) and lies_along(&p.grad, False)
+    cdef bint is_double = p.is_double
+    cdef bint along_rows = (
+        lies_along(&p.logits, False, is_double) and lies_along(&p.soft, False, is_double)
+        and lies_along(&p.grad, False, is_double)
+    )
     cdef bint few = p.classes <= FEW_CLASSES
-    cdef Py_ssize_t third = p.scratch_size // 3, outer, inner, c
-    cdef floating* x
-    cdef floating* soft
-    cdef floating* grad
-    cdef floating* soft_scratch
-    cdef floating* grad_scratch
-    cdef int rows, width
+    cdef Py_ssize_t rows_together = max(<Py_ssize_t>1, min(<Py_ssize_t>LANES, BLOCK // p.classes))
+    cdef Py_ssize_t outer, inner, rows
+    cdef Block block
+    cdef int l
+    block.problem = p
+    block.work.classes = p.classes
     while position < end:
         outer = position // p.inner
         inner = position - outer * p.inner
-        x = at[floating](&p.logits, outer, inner, 0)
-        soft = at[floating](&p.soft, outer, inner, 0)
-        grad = at[floating](&p.grad, outer, inner, 0)
         if p.operation == NLL:
-            row_nll(p, position, x, grad)
+            do_nll[floating](p, position, element(&p.logits, outer, inner), element(&p.grad, outer, inner), 0)
             position += 1
             continue
-        rows = <int>min(<Py_ssize_t>LANES, p.inner - inner, end - position)
-        if along_rows and rows == LANES:
-            do_tile(p, position, rows, x, p.logits.classes, soft, p.soft.classes, grad, p.grad.classes)
-            position += rows
-            continue
-        if not few:
-            rows = 1
-            if p.operation == CROSS_ENTROPY and p.target != NULL and p.target[position] < 0:
-                ignore_row(p, position)
-                if grad != NULL:
-                    for c in range(p.classes):
-                        grad[c * p.grad.classes] = 0
-                position += 1
-                continue
-            if along_classes:
-                do_row(p, position, x, soft, grad)
-                position += 1
-                continue
-        width = LANES if few else 1
-        soft_scratch = scratch + third if soft != NULL else NULL
-        grad_scratch = scratch + 2 * third if grad != NULL else NULL
-        gather(x, p.logits.classes, p.logits.inner, p.classes, rows, width, scratch)
-        if soft != NULL:
-            gather(soft, p.soft.classes, p.soft.inner, p.classes, rows, width, soft_scratch)
-        if few:
-            do_tile(p, position, rows, scratch, LANES, soft_scratch, LANES, grad_scratch, LANES)
+        rows = min(<Py_ssize_t>LANES, p.inner - inner, end - position)
+        if not few and not (along_rows and rows == LANES):
+            rows = min(rows, rows_together)
+        block.position = position
+        block.rows = <int>rows
+        block.live = 0
+        for l in range(LANES):
+            block.base[l] = 0
+            block.excluded[l] = p.target[position + l] if p.target != NULL and l < rows else -1
+            block.dead[l] = 1 if l >= rows or (p.target != NULL and block.excluded[l] < 0) else 0
+            block.live += block.dead[l] == 0
+        if block.live == 0 and p.operation == CROSS_ENTROPY:
+            ignore_rows(&block)
+        if few or (along_rows and rows == LANES):
+            do_across[floating](&block, outer, inner, along_rows and rows == LANES, scratch)
         else:
-            do_row(p, position, scratch, soft_scratch, grad_scratch)
-        if grad != NULL:
-            scatter(grad_scratch, p.classes, rows, width, grad, p.grad.classes, p.grad.inner)
+            do_along[floating](&block, outer, inner, scratch)
         position += rows
+
+
+cdef inline void ignore_rows(const Block* b) noexcept nogil:
+    cdef const Problem* p = b.problem
+    cdef int l
+    if p.loss != NULL:
+        for l in range(b.rows):
+            p.loss[b.position + l] = 0
+    if p.row_max != NULL and not p.have_state:
+        give_state(b)
 
 
 cdef void do_numbered_slice(const Problem* p, Py_ssize_t slice_size, Py_ssize_t number, int thread) noexcept nogil:
     cdef Py_ssize_t first = number * slice_size
     cdef Py_ssize_t end = min(first + slice_size, p.outer * p.inner)
     if p.is_double:
-        do_slice[double](p, first, end, <double*>p.scratch + thread * p.scratch_size)
+        do_slice[double](p, first, end, <double*>p.scratch + 3 * thread * p.scratch_size)
     else:
-        do_slice[float](p, first, end, <float*>p.scratch + thread * p.scratch_size)
+        do_slice[float](p, first, end, <float*>p.scratch + 3 * thread * p.scratch_size)
+    if p.stream:
+        stream_fence()
 
 
 def run(Call call):
@@ -146,7 +206,7 @@ def run(Call call):
     cdef Py_ssize_t slices, number
     if positions == 0 or p.classes == 0:
         return
-    if p.num_threads == 1:
+    if p.num_threads == 1 or p.shared:
         with nogil:
             do_numbered_slice(p, positions, 0, 0)
         return

@@ -1,9 +1,9 @@
 # One number: exp and log1p, written so that the compiler vectorises a loop of them.
 #
-# exp(x) is computed as e^(x - offset) * 2^(HEADROOM - exponent), with offset and exponent chosen for a whole row (struct
-# Shift). The power of two costs nothing, because the same addition that rounds x/ln2 to an integer n also adds the row's
-# exponent to n, and it is exact. So x is never replaced by a rounded x - max: offset is 0 unless the row's logits are so
-# large that x - offset is exact anyway. A row of logits between -30 and 20 keeps the last digit of each exponential.
+# exp(x) is computed as e^x * 2^(HEADROOM - exponent), with the exponent chosen for a whole row: close to log2 of its largest
+# term. The power of two costs nothing, because the same addition that rounds x/ln2 to an integer n also adds the row's
+# exponent to n, and it is exact. So x is never replaced by a rounded x - max, and a row of logits between -30 and 20 keeps the
+# last digit of each exponential.
 #
 # Coefficients: tools/minimax.py. Largest error over all float32 in [-87, 87]: 0.91 ULP with FMA, 1.18 without.
 
@@ -19,30 +19,30 @@ cdef extern from *:
     #if defined(__FMA__) || defined(__AVX2__) || defined(__ARM_FEATURE_FMA)
     #define pyx_xent_fmaf(a, b, c) fmaf(a, b, c)
     #define pyx_xent_fma(a, b, c) fma(a, b, c)
+    #define PYX_XENT_FMA 1
     #else
     #define pyx_xent_fmaf(a, b, c) ((a) * (b) + (c))
     #define pyx_xent_fma(a, b, c) ((a) * (b) + (c))
+    #define PYX_XENT_FMA 0
     #endif
     """
     float fma32 "pyx_xent_fmaf"(float a, float b, float c) noexcept nogil
     double fma64 "pyx_xent_fma"(double a, double b, double c) noexcept nogil
+    bint HAS_FMA "PYX_XENT_FMA"
 
 ctypedef fused floating:
     float
     double
-
-cdef struct Shift:
-    double offset      # subtracted from x before the exponential: 0, or a logit so large that the difference is exact
-    double exponent    # of two, divided out
 
 # Adding it to a number below 2^51 rounds that number to an integer, which then stands in the lowest bits.
 cdef double ROUNDER = 6755399441055744.0        # 1.5 * 2^52
 cdef double ROUNDER_32 = 12582912.0             # 1.5 * 2^23
 cdef double LN2 = 0.69314718055994530942
 cdef double LOG2_E = 1.4426950408889634074
+cdef double LN2_ERROR_32 = -1.723944452561e-13  # ln2 less the two floats that stand for it in exp_parts
 
 
-cdef inline double headroom(floating kind) noexcept nogil:
+cdef inline double headroom(floating compute) noexcept nogil:
     # Powers of two left between a row's reference and 1: terms stay normal numbers 2^-(126 + 40) below it (2^-1322).
     if floating is float:
         return 40.0
@@ -50,7 +50,7 @@ cdef inline double headroom(floating kind) noexcept nogil:
         return 300.0
 
 
-cdef inline double window(floating kind) noexcept nogil:
+cdef inline double window(floating compute) noexcept nogil:
     # How far a logit may lie above the reference of the sum: e^40 * 2^40 * 2^28 classes < 2^127, likewise for double.
     if floating is float:
         return 40.0
@@ -58,35 +58,35 @@ cdef inline double window(floating kind) noexcept nogil:
         return 300.0
 
 
-cdef inline Shift shift_for(double reference, floating kind) noexcept nogil:
-    # in   reference   the row's largest logit or close below it; -inf and NaN allowed
-    # Beyond 256 (2048) x - reference is exact for each x that counts, by Sterbenz's lemma: x is within a factor of two.
-    cdef Shift shift
-    cdef double exact_beyond
+cdef inline double largest_logit(floating compute) noexcept nogil:
+    # Up to here n fits beside the rounding constant, and without FMA n times the first part of ln2 into a number. Rows beyond
+    # are moved by their maximum first, which is exact for each x that counts, by Sterbenz's lemma: x is within a factor of
+    # two.
     if floating is float:
-        exact_beyond = 256.0
+        return 1048576.0 if HAS_FMA else 256.0             # 2^20
     else:
-        exact_beyond = 2048.0
-    reference = 0.0 if reference == -INFINITY else reference
-    shift.offset = 0.0 if fabs(reference) < exact_beyond else reference
-    shift.exponent = ((reference - shift.offset) * LOG2_E + ROUNDER) - ROUNDER
-    return shift
+        return 562949953421312.0 if HAS_FMA else 1048576.0     # 2^49
 
 
-cdef inline double rounder(Shift shift, double room, floating kind) noexcept nogil:
+cdef inline double exponent_of(double reference) noexcept nogil:
+    # in   reference   the row's largest logit or close below it; -inf and NaN allowed
+    return ((0.0 if reference == -INFINITY else reference) * LOG2_E + ROUNDER) - ROUNDER
+
+
+cdef inline double rounder(double exponent, double room, floating compute) noexcept nogil:
     # The constant whose addition rounds x/ln2 and leaves the biased exponent of the result in the lowest bits.
     if floating is float:
-        return ROUNDER_32 + (127.0 + room - shift.exponent)
+        return ROUNDER_32 + (127.0 + room - exponent)
     else:
-        return ROUNDER + (1023.0 + room - shift.exponent)
+        return ROUNDER + (1023.0 + room - exponent)
 
 
-cdef inline double lowest(Shift shift, double room, floating kind) noexcept nogil:
-    # The x - offset at which that biased exponent reaches 0, which is the number +0: everything below is +0, too.
+cdef inline double lowest(double exponent, double room, floating compute) noexcept nogil:
+    # The x at which that biased exponent reaches 0, which is the number +0: everything below is +0, too.
     if floating is float:
-        return (shift.exponent - room - 127.0) * LN2
+        return (exponent - room - 127.0) * LN2
     else:
-        return (shift.exponent - room - 1023.0) * LN2
+        return (exponent - room - 1023.0) * LN2
 
 
 cdef inline float two_to_lowest_bits_32(float sum_with_rounder) noexcept nogil:
@@ -107,15 +107,16 @@ cdef inline double two_to_lowest_bits_64(double sum_with_rounder) noexcept nogil
     return power
 
 
-cdef inline floating exp_shifted(floating x, floating offset, floating low, floating round_by) noexcept nogil:
-    # in   offset, low, round_by   of the row: Shift.offset, lowest(), rounder()
-    # NaN stays NaN: "low > d" is false for it. Far above the window the result is garbage; the caller looks at the maximum.
-    cdef floating d = x - offset, t, n, r, p
-    d = low if low > d else d
+cdef inline floating exp_parts(floating x, floating low, floating round_by, floating* power) noexcept nogil:
+    # in   low, round_by   of the row: lowest(), rounder()
+    # out  power           of two, or 0; the exponential is the returned significand, in [0.7, 1.42], times this
+    # NaN stays NaN: "low > x" is false for it. Far above the window the result is garbage; the caller looks at the maximum.
+    cdef floating t, n, r, p
+    x = low if low > x else x
     if floating is float:
-        t = fma32(d, <float>1.4426950408889634, round_by)
+        t = fma32(x, <float>1.4426950408889634, round_by)
         n = t - round_by
-        r = fma32(-n, <float>0.69317626953125, d)                 # 14 bits: n times it is exact
+        r = fma32(-n, <float>0.69317626953125, x)                 # 14 bits: exact
         r = fma32(-n, <float>-0.000029088971304690583, r)
         p = <float>0.0013814467059326511
         p = fma32(p, r, <float>0.0083687804111805337)
@@ -124,11 +125,11 @@ cdef inline floating exp_shifted(floating x, floating offset, floating low, floa
         p = fma32(p, r, <float>0.49999993412501566)
         p = fma32(p, r, <float>1.0)
         p = fma32(p, r, <float>1.0)
-        return p * two_to_lowest_bits_32(t)
+        power[0] = two_to_lowest_bits_32(t)
     else:
-        t = fma64(d, 1.4426950408889634, round_by)
+        t = fma64(x, 1.4426950408889634, round_by)
         n = t - round_by
-        r = fma64(-n, 0.69314718060195446014, d)                  # 32 bits: n times it is exact
+        r = fma64(-n, 0.69314718060195446014, x)                  # 32 bits: exact
         r = fma64(-n, -4.2009150726810847e-11, r)
         p = 2.4999965343255923e-8
         p = fma64(p, r, 2.7630378620805180e-7)
@@ -142,17 +143,40 @@ cdef inline floating exp_shifted(floating x, floating offset, floating low, floa
         p = fma64(p, r, 0.50000000000000107)
         p = fma64(p, r, 1.0)
         p = fma64(p, r, 1.0)
-        return p * two_to_lowest_bits_64(t)
+        power[0] = two_to_lowest_bits_64(t)
+    return p
 
 
-cdef inline double exp_of_shifted(double x, Shift shift, double room) noexcept nogil:
-    # The same exponential as the row's, in double.
-    return exp_shifted[double](x, shift.offset, lowest[double](shift, room, 0.0), rounder[double](shift, room, 0.0))
+cdef inline floating exp_shifted(floating x, floating low, floating round_by) noexcept nogil:
+    cdef floating power
+    cdef floating significand = exp_parts(x, low, round_by, &power)
+    return significand * power
+
+
+cdef inline floating plus_product(floating total, floating significand, floating power) noexcept nogil:
+    # The bits of total + significand * power, because multiplying with a power of two rounds nothing: one instruction less.
+    if floating is float:
+        return fma32(significand, power, total)
+    else:
+        return fma64(significand, power, total)
+
+
+cdef inline floating plus_exp_shifted(floating total, floating x, floating low, floating round_by) noexcept nogil:
+    cdef floating power
+    cdef floating significand = exp_parts(x, low, round_by, &power)
+    return plus_product(total, significand, power)
+
+
+cdef inline double exp_in_double(double x, double exponent, double room, floating compute) noexcept nogil:
+    # The row's exponential of x in double. The float one takes n times a rounded ln2 away, nearly the same n in a whole row.
+    if floating is float:
+        x = x + exponent_of(x) * LN2_ERROR_32
+    return exp_shifted[double](x, lowest[double](exponent, room, 0.0), rounder[double](exponent, room, 0.0))
 
 
 cdef inline double exp_below_zero(double x) noexcept nogil:
     # e^x for x <= 0; +0 below -708.
-    return exp_shifted[double](x, 0.0, -1023.0 * LN2, ROUNDER + 1023.0)
+    return exp_shifted[double](x, -1023.0 * LN2, ROUNDER + 1023.0)
 
 
 cdef inline double log1p_of_sum(double u) noexcept nogil:

@@ -1,36 +1,67 @@
 # Loops over LANES columns at a time: where the time goes. Everything above only arranges calls of these.
 #
-# A lane is either a column of one long row (rows.pxi: class c is in lane c % LANES) or a row of its own (tiles.pxi: LANES
-# neighbouring rows, a stride from one class to the next). Rows and tiles add the terms of a row in the same order, so a row
-# has the same bits whichever way it is computed: class c to partial sum c % LANES, GROUP terms at a time in the logits'
-# dtype, the groups in double (the strip that the row does not fill is a group of its own); at last the LANES partial sums
-# as a binary tree.
+# A lane is either a column of one row (its classes lie side by side: class c is in lane c % LANES) or a row of its own (LANES
+# neighbouring rows, a stride from one class to the next). Both add the terms of a row in the same order, so a row has the
+# same bits whichever way it is computed: strips of LANES classes; class c to partial sum c % LANES, GROUP terms at a time in
+# the logits' dtype, the groups in double; the classes after the last whole strip are a group of their own and go to the
+# last partial sums, because a row reads them as the end of its last LANES classes. After SEGMENT classes the LANES partial
+# sums are added as a binary tree and go to the row's total. Segments depend on nothing but the row, so threads may share one.
 #
 # The LANES local arrays live in vector registers: one of AVX-512, two of AVX2. Results are computed there before anything is
 # stored, so that in-place work needs no slower version of the loop.
 
 from pyx_xent._problem cimport (
+    BFLOAT16,
+    BLOCK,
     CROSS_ENTROPY,
     FEW_CLASSES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
     LANES,
     LOG_SOFTMAX,
+    LOG_SOFTMAX_BACKWARD,
     NLL,
+    SEGMENT,
     SOFTMAX,
     SOFTMAX_BACKWARD,
     ClassArray,
     Operation,
     Problem,
+    Storage,
 )
 
 cdef enum:
     GROUP = 8                     # terms that a lane adds in float before they go to its double
-    CHUNK = 8192                  # strips of LANES classes in one call: their numbers are exact in float
+    AHEAD = 32 * LANES            # elements between what is computed and what is asked from memory
+    PIECE = 64                    # strips of a quantity on its way from one loop to the next, in a buffer
 
 
-cdef inline Py_ssize_t chunk_size(Py_ssize_t first, Py_ssize_t classes) noexcept nogil:
-    # Classes from `first` on for one call: whole strips of LANES, or the incomplete one at the row's end.
-    cdef Py_ssize_t whole = classes - classes % LANES
-    return min(<Py_ssize_t>(CHUNK * LANES), whole - first) if first < whole else classes - first
+cdef struct Work:
+    # One row, or LANES rows side by side (across): what the loops read, write and multiply with.
+    bint across
+    Py_ssize_t classes
+    const void* x                 # in   (classes,), or (classes, LANES) with `stride`
+    Py_ssize_t stride
+    const void* other             # in   likewise: class probabilities or grad_output; NULL: none
+    Py_ssize_t other_stride
+    const void* weight            # in   (classes,)  NULL: 1
+    double keep, spread           # see class_coefficient
+    void* kept                    # out, then in   the exponentials, (classes,) or (classes, LANES); +0 for the class left out
+    void* out                     # out  like x, may be x itself or kept
+    Py_ssize_t out_stride
+    bint stream                   # store `out` past the caches
+    const void* next              # the memory that is read after this row; NULL: not known
+    # One for each lane; all the same if not across.
+    double low[LANES]             # see exp_parts
+    double round_by[LANES]
+    double left_out[LANES]        # the class that is not added, or -1
+    double reference[LANES]       # the maximum
+    double scale[LANES]           # of the exponentials
+    double unit[LANES]            # of w q'
+    bint has_class_term           # unit is not 0
+    double dead[LANES]            # not 0: an ignored row, its gradient is 0
+    bint has_dead
 
 
 cdef void fill(floating* lanes, floating value) noexcept nogil:
@@ -39,202 +70,10 @@ cdef void fill(floating* lanes, floating value) noexcept nogil:
         lanes[l] = value
 
 
-cdef void lanes_max(
-    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
-    floating* maximum,                                        # in/out   NaN is passed over
-) noexcept nogil:
-    cdef Py_ssize_t i
+cdef inline void rounded(const double* values, floating* lanes) noexcept nogil:
     cdef int l
-    cdef floating v
-    cdef floating m[LANES]
-    memcpy(m, maximum, sizeof(m))
-    for i in range(count):
-        for l in range(LANES):
-            v = x[i * stride + l]
-            m[l] = v if v > m[l] else m[l]
-    memcpy(maximum, m, sizeof(m))
-
-
-cdef void lanes_max_sum(
-    const floating* x, Py_ssize_t stride,                     # in   class c of lane l is x[c * stride + l]
-    Py_ssize_t classes, int residues,                         # in   classes <= CHUNK * LANES; see below
-    const floating* offset, const floating* low, const floating* round_by,  # in   of each lane, see exp_shifted
-    const floating* left_out,                                 # in   the class that is not added, or a negative number
-    floating* maximum,                                        # in/out   NaN is passed over: sums have it
-    double* sums,                                             # in/out   (residues, LANES)  sums of the exponentials
-) noexcept nogil:
-    # Class c goes to sums[c % LANES]. A row side by side in memory is its own LANES residues: stride 1 and residues 1.
-    cdef int i, j, l, end, count
-    cdef floating v, e
-    cdef floating o[LANES]
-    cdef floating b[LANES]
-    cdef floating r[LANES]
-    cdef floating out[LANES]
-    cdef floating m[LANES]
-    cdef floating s[LANES]
-    cdef double d[LANES]
-    cdef double lost[LANES]
-    cdef double before, part
-    memcpy(o, offset, sizeof(o))
-    memcpy(b, low, sizeof(b))
-    memcpy(r, round_by, sizeof(r))
-    memcpy(out, left_out, sizeof(out))
-    memcpy(m, maximum, sizeof(m))
-    for j in range(residues):
-        count = <int>((classes - j + LANES - 1) // LANES)
-        memcpy(d, sums + j * LANES, sizeof(d))
-        memset(lost, 0, sizeof(lost))
-        i = 0
-        while i < count:
-            end = min(i + <int>GROUP, count)
-            for l in range(LANES):
-                s[l] = 0
-            while i < end:
-                for l in range(LANES):
-                    v = x[(i * LANES + j) * stride + l]
-                    m[l] = v if v > m[l] else m[l]
-                    e = exp_shifted(v, o[l], b[l], r[l])
-                    s[l] += 0 if <floating>(i * LANES + j) == out[l] else e
-                i += 1
-            for l in range(LANES):
-                if floating is float:
-                    d[l] += s[l]
-                else:                          # Kahan's: 50,000 classes would cost 3 ULP
-                    before = d[l]
-                    part = s[l] - lost[l]
-                    d[l] = before + part
-                    lost[l] = (d[l] - before) - part
-        memcpy(sums + j * LANES, d, sizeof(d))
-    memcpy(maximum, m, sizeof(m))
-
-
-cdef inline floating class_coefficient(floating w, floating q, floating keep, floating spread) noexcept nogil:
-    # w_c q'_c of SPEC S16 with q' = keep * q + spread. One place, so that sum and gradient round alike.
-    return w * (keep * q + spread)
-
-
-cdef void lanes_class_term(
-    const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES), count <= CHUNK
-    const floating* reference,                                # in   the maximum of each lane's row
-    const floating* weight, Py_ssize_t weight_stride, bint weight_across,  # in   NULL: 1. across: one class for all lanes
-    const floating* soft, Py_ssize_t soft_stride,             # in   NULL: q' = 1
-    floating keep, floating spread,
-    double* term,                                             # in/out   sum of w q' (reference - x)
-    double* mass,                                             # in/out   sum of w q'
-) noexcept nogil:
-    cdef int i, l, end
-    cdef floating v
-    cdef floating m[LANES]
-    cdef floating k[LANES]
-    cdef floating t[LANES]
-    cdef floating s[LANES]
-    cdef double terms[LANES]
-    cdef double masses[LANES]
-    memcpy(m, reference, sizeof(m))
-    memcpy(terms, term, sizeof(terms))
-    memcpy(masses, mass, sizeof(masses))
-    fill[floating](k, 1)
-    i = 0
-    while i < count:
-        end = min(i + <int>GROUP, count)
-        for l in range(LANES):
-            t[l] = 0
-            s[l] = 0
-        while i < end:
-            if weight != NULL:
-                for l in range(LANES):
-                    k[l] = weight[i * weight_stride] if weight_across else weight[i * weight_stride + l]
-            if soft != NULL:
-                for l in range(LANES):
-                    v = class_coefficient(k[l], soft[i * soft_stride + l], keep, spread)
-                    t[l] += 0 if v == 0 else v * (m[l] - x[i * stride + l])        # 0 log 0 = 0
-                    s[l] += v
-            else:
-                for l in range(LANES):
-                    t[l] += k[l] * (m[l] - x[i * stride + l])
-                    s[l] += k[l]
-            i += 1
-        for l in range(LANES):
-            terms[l] += t[l]
-            masses[l] += s[l]
-    memcpy(term, terms, sizeof(terms))
-    memcpy(mass, masses, sizeof(masses))
-
-
-cdef void lanes_gradient(
-    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
-    const floating* offset, const floating* low, const floating* round_by,
-    const floating* scale,                                    # in   of the exponentials
-    const floating* dead,                                     # in   not 0: an ignored row, its gradient is 0; NULL: none
-    const floating* unit,                                     # in   of w q'; NULL: no class term
-    const floating* weight, Py_ssize_t weight_stride, bint weight_across,
-    const floating* soft, Py_ssize_t soft_stride,
-    floating keep, floating spread,
-    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES), may be x itself
-) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int l
-    cdef floating o[LANES]
-    cdef floating b[LANES]
-    cdef floating r[LANES]
-    cdef floating k[LANES]
-    cdef floating z[LANES]
-    cdef floating u[LANES]
-    cdef floating w[LANES]
-    cdef floating v[LANES]
-    memcpy(o, offset, sizeof(o))
-    memcpy(b, low, sizeof(b))
-    memcpy(r, round_by, sizeof(r))
-    memcpy(k, scale, sizeof(k))
-    fill[floating](z, 0)
-    fill[floating](u, 0)
-    fill[floating](w, 1)
-    if dead != NULL:
-        memcpy(z, dead, sizeof(z))
-    if unit != NULL:
-        memcpy(u, unit, sizeof(u))
-    for i in range(count):
-        for l in range(LANES):
-            v[l] = exp_shifted(x[i * stride + l], o[l], b[l], r[l]) * k[l]
-        if unit != NULL:
-            if weight != NULL:
-                for l in range(LANES):
-                    w[l] = weight[i * weight_stride] if weight_across else weight[i * weight_stride + l]
-            if soft != NULL:
-                for l in range(LANES):
-                    v[l] -= u[l] * class_coefficient(w[l], soft[i * soft_stride + l], keep, spread)
-            else:
-                for l in range(LANES):
-                    v[l] -= u[l] * w[l]
-        if dead != NULL:
-            for l in range(LANES):
-                v[l] = 0 if z[l] != 0 else v[l]
-        for l in range(LANES):
-            grad[i * grad_stride + l] = v[l]
-
-
-cdef void lanes_dot(
-    const floating* a, Py_ssize_t a_stride,                   # in   (count, LANES), count <= CHUNK
-    const floating* b, Py_ssize_t b_stride,                   # in   NULL: 1
-    int count,
-    double* total,                                            # in/out
-) noexcept nogil:
-    cdef int i, l, end
-    cdef floating s[LANES]
-    cdef double d[LANES]
-    memcpy(d, total, sizeof(d))
-    i = 0
-    while i < count:
-        end = min(i + <int>GROUP, count)
-        for l in range(LANES):
-            s[l] = 0
-        while i < end:
-            for l in range(LANES):
-                s[l] += a[i * a_stride + l] * b[i * b_stride + l] if b != NULL else a[i * a_stride + l]
-            i += 1
-        for l in range(LANES):
-            d[l] += s[l]
-    memcpy(total, d, sizeof(d))
+    for l in range(LANES):
+        lanes[l] = <floating>values[l]
 
 
 cdef double fold_sum(double* lanes) noexcept nogil:
@@ -245,6 +84,20 @@ cdef double fold_sum(double* lanes) noexcept nogil:
     for l in range(4):
         lanes[l] += lanes[l + 4]
     return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+
+
+cdef void fold_tile(
+    double* sums,                             # in   (residues, LANES)  overwritten
+    int residues, double* total,              # out  (LANES,)
+) noexcept nogil:
+    # The binary tree of fold_sum, in which residues that no class has would add +0.
+    cdef int j, l, half = LANES // 2
+    while half > 0:
+        for j in range(min(half, residues - half)):
+            for l in range(LANES):
+                sums[j * LANES + l] += sums[(j + half) * LANES + l]
+        half = half // 2
+    memcpy(total, sums, LANES * sizeof(double))
 
 
 cdef floating fold_max(const floating* lanes) noexcept nogil:
@@ -262,18 +115,403 @@ cdef floating fold_max(const floating* lanes) noexcept nogil:
     return m[1] if m[1] > m[0] else m[0]
 
 
-cdef void lanes_log_softmax(
+cdef void lanes_max(
     const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
-    const floating* maximum, const floating* log_total,       # in   of each lane's row; lse = maximum + log_total
-    floating* out, Py_ssize_t out_stride,                     # out  (count, LANES), may be x itself
+    floating* maximum,                                        # out  (LANES,)  NaN is passed over
 ) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating m[LANES]
+    cdef floating v[LANES]
+    for l in range(LANES):
+        m[l] = -INFINITY
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = x[i * stride + l]
+        for l in range(LANES):
+            m[l] = v[l] if v[l] > m[l] else m[l]
+    for l in range(LANES):
+        maximum[l] = m[l]
+
+
+# Sums over the classes of a segment
+
+
+cdef inline void accumulate(double* total, double* lost, floating part) noexcept nogil:
+    cdef double before = total[0], corrected
+    if floating is float:
+        total[0] = before + part
+    else:                                      # Kahan's: 50,000 classes would cost 3 ULP
+        corrected = part - lost[0]
+        total[0] = before + corrected
+        lost[0] = (total[0] - before) - corrected
+
+
+cdef void add_group(const floating* group, double* sums, double* lost) noexcept nogil:
+    # In arrays of its own: gcc cannot know that the three do not overlap.
+    cdef int l
+    cdef floating s[LANES]
+    cdef double d[LANES]
+    cdef double k[LANES]
+    memcpy(s, group, sizeof(s))
+    memcpy(d, sums, sizeof(d))
+    memcpy(k, lost, sizeof(k))
+    for l in range(LANES):
+        accumulate(&d[l], &k[l], s[l])
+    memcpy(sums, d, sizeof(d))
+    memcpy(lost, k, sizeof(k))
+
+
+cdef void groups_max_sum(
+    const floating* x, Py_ssize_t strips,                     # in   (strips, LANES)
+    const floating* tail, Py_ssize_t tail_at,                 # in   (LANES,) what comes before, NULL: nothing; where it is kept
+    const floating* instead, Py_ssize_t special,              # in   (GROUP, LANES) in place of this group; -1: of none
+    floating low, floating round_by,                          # in   of the row, see exp_parts
+    floating* kept,                                           # out  NULL: not wanted
+    floating* maximum,                                        # out  (LANES,)
+    double* sums, double* lost,               # in/out   (LANES,)  in memory: as local arrays gcc takes them apart into scalars
+) noexcept nogil:
+    # Every row takes the same branches, whatever its target.
+    cdef const floating* source
+    cdef floating* to
+    cdef bint keep = kept != NULL
+    cdef Py_ssize_t groups = (strips + GROUP - 1) // GROUP, group, i, count
+    cdef int l
+    cdef floating v, power, significand
+    cdef floating b[LANES]
+    cdef floating r[LANES]
+    cdef floating m[LANES]
+    cdef floating s[LANES]
+    cdef floating e[LANES]
+    for l in range(LANES):
+        b[l] = low
+        r[l] = round_by
+        m[l] = -INFINITY
+    for group in range(-1 if tail != NULL else 0, groups):
+        i = group * (GROUP * LANES)
+        source = instead if group == special else x + i
+        to = kept + i
+        count = min(<Py_ssize_t>GROUP, strips - group * GROUP)
+        if group < 0:
+            source, to, count = tail, kept + tail_at, 1
+        for l in range(LANES):
+            s[l] = 0
+        for i in range(count):
+            prefetch(source + i * LANES + AHEAD)
+            for l in range(LANES):
+                v = source[i * LANES + l]
+                m[l] = v if v > m[l] else m[l]
+                significand = exp_parts(v, b[l], r[l], &power)
+                e[l] = significand * power
+                s[l] = plus_product(s[l], significand, power)
+            if keep:
+                for l in range(LANES):
+                    to[i * LANES + l] = e[l]
+        if floating is float:
+            for l in range(LANES):
+                sums[l] += s[l]
+        else:
+            add_group(s, sums, lost)
+    memcpy(maximum, m, sizeof(m))
+
+
+cdef void row_max_sum(
+    const floating* x, Py_ssize_t strips, int tail,           # in   (strips * LANES + tail,); a tail has LANES classes before its end
+    floating low, floating round_by,
+    Py_ssize_t left_out,                                      # in   the class that is not added; not in the segment: none
+    floating* kept,                                           # out  the exponentials, +0 for the class left out; NULL: not wanted
+    double* maximum, double* sums,                            # out  (LANES,)  NaN is passed over by the maximum: the sums have it
+) noexcept nogil:
+    # What does not count is copied as -inf, whose exponential is +0.
+    cdef Py_ssize_t whole = strips * LANES, end_at = whole + tail - LANES, special = -1, at, size
+    cdef floating end[LANES]
+    cdef floating group[GROUP * LANES]
+    cdef floating m[LANES]
+    cdef double lost[LANES]
+    cdef int l
+    if tail > 0:                               # first, because it keeps +0 where the last strip will keep what there is
+        for l in range(LANES):
+            end[l] = x[end_at + l] if l >= LANES - tail and end_at + l != left_out else -INFINITY
+    if 0 <= left_out < whole:
+        special = left_out // (GROUP * LANES)
+        at = special * (GROUP * LANES)
+        size = min(<Py_ssize_t>(GROUP * LANES), whole - at)
+        memcpy(group, x + at, size * sizeof(floating))
+        group[left_out - at] = -INFINITY
+    for l in range(LANES):
+        sums[l] = 0
+        lost[l] = 0
+    groups_max_sum(
+        x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums, lost
+    )
+    for l in range(LANES):
+        maximum[l] = m[l]
+    if 0 <= left_out < whole + tail and x[left_out] > maximum[0]:
+        maximum[0] = x[left_out]
+
+
+cdef void tile_exponentials(
+    const floating* x, Py_ssize_t stride, int count,          # in   (count, LANES)
+    const floating* low, const floating* round_by,
+    const floating* left_out,                                 # in   of each lane: a class, counted from the first of these
+    floating* exponentials,                                   # out  (count, LANES)  +0 for the class left out
+    floating* maximum,                                        # in/out
+) noexcept nogil:
+    cdef int i, l
+    cdef floating b[LANES]
+    cdef floating r[LANES]
+    cdef floating m[LANES]
+    cdef floating out[LANES]
+    cdef floating e[LANES]
+    memcpy(b, low, sizeof(b))
+    memcpy(r, round_by, sizeof(r))
+    memcpy(m, maximum, sizeof(m))
+    memcpy(out, left_out, sizeof(out))
+    for i in range(count):
+        prefetch(x + i * stride + AHEAD)
+        for l in range(LANES):
+            e[l] = x[i * stride + l]
+            m[l] = e[l] if e[l] > m[l] else m[l]
+            e[l] = exp_shifted(e[l], b[l], r[l])
+            e[l] = 0 if <floating>i == out[l] else e[l]
+        for l in range(LANES):
+            exponentials[i * LANES + l] = e[l]
+    memcpy(maximum, m, sizeof(m))
+
+
+cdef void tile_add(
+    const floating* exponentials, int count,                  # in   (count, LANES), count <= GROUP * LANES
+    bint first,                                               # in   nothing has been added before
+    double* sums, double* lost,                               # in/out   (min(count, LANES), LANES)
+) noexcept nogil:
+    # One group of each partial sum.
+    cdef int j, i, l
+    cdef floating s[LANES]
+    cdef double d[LANES]
+    for j in range(min(count, <int>LANES)):
+        memcpy(s, exponentials + j * LANES, sizeof(s))
+        for i from j + LANES <= i < count by LANES:
+            for l in range(LANES):
+                s[l] += exponentials[i * LANES + l]
+        if first:
+            for l in range(LANES):
+                d[l] = s[l]
+            memcpy(sums + j * LANES, d, sizeof(d))
+        elif floating is float:
+            memcpy(d, sums + j * LANES, sizeof(d))
+            for l in range(LANES):
+                d[l] += s[l]
+            memcpy(sums + j * LANES, d, sizeof(d))
+        else:
+            add_group(s, sums + j * LANES, lost + j * LANES)
+
+
+cdef inline floating class_coefficient(floating w, floating q, floating keep, floating spread) noexcept nogil:
+    # w_c q'_c of SPEC S16 with q' = keep * q + spread. One place, so that sum and gradient round alike.
+    return w * (keep * q + spread)
+
+
+cdef void lanes_coefficients(
+    const floating* weight, Py_ssize_t weight_stride, bint weight_across,  # in   NULL: 1. across: one class for all lanes
+    const floating* soft, Py_ssize_t soft_stride,             # in   NULL: q' = 1
+    floating keep, floating spread,
+    Py_ssize_t count,
+    floating* coefficients,                                   # out  (count, LANES)  w q'
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating w
+    if soft == NULL and weight_across:
+        for i in range(count):
+            for l in range(LANES):
+                coefficients[i * LANES + l] = weight[i * weight_stride]
+    elif soft == NULL:
+        for i in range(count):
+            for l in range(LANES):
+                coefficients[i * LANES + l] = weight[i * weight_stride + l]
+    elif weight == NULL:
+        for i in range(count):
+            prefetch(soft + i * soft_stride + AHEAD)
+            for l in range(LANES):
+                coefficients[i * LANES + l] = class_coefficient(<floating>1, soft[i * soft_stride + l], keep, spread)
+    elif weight_across:
+        for i in range(count):
+            w = weight[i * weight_stride]
+            for l in range(LANES):
+                coefficients[i * LANES + l] = class_coefficient(w, soft[i * soft_stride + l], keep, spread)
+    else:
+        for i in range(count):
+            for l in range(LANES):
+                coefficients[i * LANES + l] = class_coefficient(
+                    weight[i * weight_stride + l], soft[i * soft_stride + l], keep, spread
+                )
+
+
+cdef void lanes_class_term(
+    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES), whole groups but for the last
+    const floating* coefficients,                             # in   (count, LANES)  NULL: 1
+    bint soft,                                                # in   class probabilities: 0 log 0 = 0
+    int skip,                                                 # in   so many lanes count for nothing; 0 unless count is 1
+    const double* reference,                                  # in   the maximum of each lane's row
+    double* term,                                             # in/out   sum of w q' (reference - x)
+    double* mass,                                             # in/out   sum of w q'
+) noexcept nogil:
+    cdef Py_ssize_t i = 0, end
+    cdef int l
+    cdef floating v
+    cdef floating m[LANES]
+    cdef floating t[LANES]
+    cdef floating s[LANES]
+    for l in range(LANES):
+        m[l] = <floating>reference[l]
+    while i < count:
+        end = min(i + <Py_ssize_t>GROUP, count)
+        for l in range(LANES):
+            t[l] = 0
+            s[l] = 0
+        if coefficients == NULL:
+            for l in range(LANES):
+                s[l] = <floating>(end - i)
+            while i < end:
+                for l in range(LANES):
+                    t[l] += m[l] - x[i * stride + l]
+                i += 1
+        elif soft:
+            while i < end:
+                for l in range(LANES):
+                    v = coefficients[i * LANES + l] * (m[l] - x[i * stride + l])
+                    t[l] += 0 if coefficients[i * LANES + l] == 0 else v
+                    s[l] += coefficients[i * LANES + l]
+                i += 1
+        else:
+            while i < end:
+                for l in range(LANES):
+                    t[l] += coefficients[i * LANES + l] * (m[l] - x[i * stride + l])
+                    s[l] += coefficients[i * LANES + l]
+                i += 1
+        for l in range(skip):
+            t[l] = 0
+            s[l] = 0
+        for l in range(LANES):
+            term[l] += t[l]
+        for l in range(LANES):
+            mass[l] += s[l]
+
+
+cdef void lanes_dot(
+    const floating* a, Py_ssize_t a_stride, Py_ssize_t count,  # in   (count, LANES)
+    int skip,                                                 # in   as above
+    const floating* b, Py_ssize_t b_stride,                   # in   NULL: 1
+    double* total,                                            # in/out
+) noexcept nogil:
+    cdef Py_ssize_t i = 0, end
+    cdef int l
+    cdef floating s[LANES]
+    cdef double d[LANES]
+    memcpy(d, total, sizeof(d))
+    while i < count:
+        end = min(i + <Py_ssize_t>GROUP, count)
+        for l in range(LANES):
+            s[l] = 0
+        while i < end:
+            for l in range(LANES):
+                s[l] += a[i * a_stride + l] * b[i * b_stride + l] if b != NULL else a[i * a_stride + l]
+            i += 1
+        for l in range(skip):
+            s[l] = 0
+        for l in range(LANES):
+            d[l] += s[l]
+    memcpy(total, d, sizeof(d))
+
+
+# Entries: one result for each class
+
+
+cdef void lanes_scaled(
+    const floating* kept, Py_ssize_t count,                   # in   (count, LANES)
+    const double* scale,
+    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES), may be `kept`
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating k[LANES]
+    cdef floating v[LANES]
+    rounded(scale, k)
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = kept[i * LANES + l] * k[l]
+        for l in range(LANES):
+            grad[i * grad_stride + l] = v[l]
+
+
+cdef void lanes_exponentials(
+    const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES)
+    const double* low, const double* round_by, const double* scale,
+    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES), may be `x`
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating b[LANES]
+    cdef floating r[LANES]
+    cdef floating k[LANES]
+    cdef floating v[LANES]
+    rounded(low, b)
+    rounded(round_by, r)
+    rounded(scale, k)
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = exp_shifted(x[i * stride + l], b[l], r[l]) * k[l]
+        for l in range(LANES):
+            grad[i * grad_stride + l] = v[l]
+
+
+cdef void lanes_minus(
+    const floating* coefficients, Py_ssize_t count,           # in   (count, LANES)  NULL: 1
+    const double* unit,
+    floating* grad, Py_ssize_t grad_stride,                   # in/out   (count, LANES)
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating u[LANES]
+    rounded(unit, u)
+    if coefficients == NULL:
+        for i in range(count):
+            for l in range(LANES):
+                grad[i * grad_stride + l] -= u[l]
+    else:
+        for i in range(count):
+            for l in range(LANES):
+                grad[i * grad_stride + l] -= u[l] * coefficients[i * LANES + l]
+
+
+cdef void lanes_clear(
+    const double* dead, Py_ssize_t count,
+    floating* grad, Py_ssize_t grad_stride,                   # in/out   (count, LANES)  0 in the dead lanes
+) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating v[LANES]
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = grad[i * grad_stride + l]
+            v[l] = 0 if dead[l] != 0 else v[l]
+        for l in range(LANES):
+            grad[i * grad_stride + l] = v[l]
+
+
+cdef void lanes_log_softmax(
+    const Work* work, Py_ssize_t first, Py_ssize_t count, floating* out, Py_ssize_t out_stride
+) noexcept nogil:
+    # (x - reference) - unit, the lse being reference + unit
+    cdef Py_ssize_t stride = work.stride if work.across else LANES
+    cdef const floating* x = <const floating*>work.x + first * (stride if work.across else 1)
     cdef Py_ssize_t i
     cdef int l
     cdef floating m[LANES]
     cdef floating t[LANES]
     cdef floating v[LANES]
-    memcpy(m, maximum, sizeof(m))
-    memcpy(t, log_total, sizeof(t))
+    rounded(work.reference, m)
+    rounded(work.unit, t)
     for i in range(count):
         for l in range(LANES):
             v[l] = (x[i * stride + l] - m[l]) - t[l]
@@ -282,45 +520,44 @@ cdef void lanes_log_softmax(
 
 
 cdef void lanes_softmax_backward(
-    const floating* output, Py_ssize_t stride,                # in   (count, LANES)
-    const floating* grad_output, Py_ssize_t grad_output_stride,  # in   (count, LANES)
-    Py_ssize_t count,
-    const floating* dot,                                      # in   sum of grad_output * output of each lane's row
-    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES)
+    const Work* work, Py_ssize_t first, Py_ssize_t count, floating* grad, Py_ssize_t grad_stride
 ) noexcept nogil:
+    # output * (grad_output - unit), unit being the sum of grad_output * output
+    cdef Py_ssize_t stride = work.stride if work.across else LANES
+    cdef Py_ssize_t other_stride = work.other_stride if work.across else LANES
+    cdef const floating* output = <const floating*>work.x + first * (stride if work.across else 1)
+    cdef const floating* grad_output = <const floating*>work.other + first * (other_stride if work.across else 1)
     cdef Py_ssize_t i
     cdef int l
     cdef floating d[LANES]
     cdef floating v[LANES]
-    memcpy(d, dot, sizeof(d))
+    rounded(work.unit, d)
     for i in range(count):
         for l in range(LANES):
-            v[l] = output[i * stride + l] * (grad_output[i * grad_output_stride + l] - d[l])
+            v[l] = output[i * stride + l] * (grad_output[i * other_stride + l] - d[l])
         for l in range(LANES):
             grad[i * grad_stride + l] = v[l]
 
 
 cdef void lanes_log_softmax_backward(
-    const floating* output, Py_ssize_t stride,                # in   (count, LANES)
-    const floating* grad_output, Py_ssize_t grad_output_stride,  # in   (count, LANES)
-    Py_ssize_t count,
-    const floating* offset, const floating* low, const floating* round_by,
-    const floating* scale,                                    # in   of the exponentials: sum of grad_output
-    floating* grad, Py_ssize_t grad_stride,                   # out  (count, LANES)
+    const Work* work, Py_ssize_t first, Py_ssize_t count, floating* grad, Py_ssize_t grad_stride
 ) noexcept nogil:
+    # grad_output - scale * e^output
+    cdef Py_ssize_t stride = work.stride if work.across else LANES
+    cdef Py_ssize_t other_stride = work.other_stride if work.across else LANES
+    cdef const floating* output = <const floating*>work.x + first * (stride if work.across else 1)
+    cdef const floating* grad_output = <const floating*>work.other + first * (other_stride if work.across else 1)
     cdef Py_ssize_t i
     cdef int l
-    cdef floating o[LANES]
     cdef floating b[LANES]
     cdef floating r[LANES]
     cdef floating k[LANES]
     cdef floating v[LANES]
-    memcpy(o, offset, sizeof(o))
-    memcpy(b, low, sizeof(b))
-    memcpy(r, round_by, sizeof(r))
-    memcpy(k, scale, sizeof(k))
+    rounded(work.low, b)
+    rounded(work.round_by, r)
+    rounded(work.scale, k)
     for i in range(count):
         for l in range(LANES):
-            v[l] = grad_output[i * grad_output_stride + l] - exp_shifted(output[i * stride + l], o[l], b[l], r[l]) * k[l]
+            v[l] = grad_output[i * other_stride + l] - exp_shifted(output[i * stride + l], b[l], r[l]) * k[l]
         for l in range(LANES):
             grad[i * grad_stride + l] = v[l]
