@@ -278,9 +278,7 @@ def torch_compile(problem, operation, threads):
 
     torch._dynamo.reset()  # each problem is compiled for itself; after some shapes it would give up and run eagerly
     compiled = torch.compile(torch.nn.functional.cross_entropy, dynamic=False)
-    compute = torch_function(problem, operation, threads, compiled)
-    compute()  # compiles
-    return compute
+    return torch_function(problem, operation, threads, compiled)  # the first call compiles
 
 
 # --- JAX

@@ -20,6 +20,11 @@ class Row:
     def is_limit(self):
         return self.name.startswith("limit")
 
+    def limits(self, other):
+        """ "limit: in place" is of those that overwrite the logits; one for all threads is none for a single one."""
+        memory_fits = "exp" in self.name or ("in place" in self.name) == ("in place" in other.name)
+        return self.is_limit and not other.is_limit and memory_fits and self.info["threads"] == other.info["threads"]
+
     @property
     def nanoseconds(self):
         return self.median / self.info["elements"] * 1e9
@@ -55,14 +60,10 @@ def groups(benchmarks):
     for rows in found.values():
         rows.sort(key=lambda row: row.median)
         by_name = {row.name: row for row in rows}
-        limits = [row for row in rows if row.is_limit]
         ours = by_name.get(REUSED) or by_name.get(OURS)
         for row in rows:
-            # "limit: in place" is of those that overwrite the logits; a limit for all threads is none for a single one.
-            same_threads = [limit for limit in limits if limit.info["threads"] == row.info["threads"]]
-            own = [limit for limit in same_threads if ("in place" in limit.name) == ("in place" in row.name)] or same_threads
-            if own and not row.is_limit:
-                row.fraction = min(limit.median for limit in own) / row.median
+            if own := [limit.median for limit in rows if limit.limits(row)]:
+                row.fraction = max(own) / row.median  # none of them can be beaten
             if ours:
                 row.ratio = row.median / ours.median
     return found

@@ -6,10 +6,24 @@ at most some percent, since only arrays of 2 MB and more, which take PyTorch mil
 
 import multiprocessing
 import os
+from contextlib import contextmanager
 
 from .cases import Problem
 
 SWITCH = "THP_MEM_ALLOC_ENABLE"
+
+
+@contextmanager
+def switched_on():
+    """Processes started inside inherit the switch."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def serve(connection):
@@ -46,14 +60,8 @@ class HugePages:
         if cls._connection is None:
             context = multiprocessing.get_context("spawn")
             cls._connection, theirs = context.Pipe()
-            before = os.environ.get(SWITCH)
-            os.environ[SWITCH] = "1"  # inherited by the child; this process has loaded PyTorch, or will do so without it
-            try:
+            with switched_on():
                 context.Process(target=serve, args=(theirs,), daemon=True).start()
-            finally:
-                os.environ.pop(SWITCH)
-                if before is not None:
-                    os.environ[SWITCH] = before
             theirs.close()
         cls._connection.send(order)
         return cls._connection.recv()
