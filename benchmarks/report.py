@@ -49,12 +49,12 @@ def machine_lines(machine):
 
 
 EXPLANATION = """\
-Each group ran in one go, on the same arrays. Times are medians of at least 5 rounds (3 for calls slower than 1 s), after warming
-up; each answer was compared with a float64 reference first: all losses, and of large cases a sample of the gradient's rows. GB/s
-counts only bytes that have to be moved: logits once, class probabilities once, the gradient once. "Of the limit" is the time of the
-`limit` rows over the peer's own: moving these bytes and doing nothing else, or, where all stays in cache, one maximum and one
-exponential an element, called from Python as everybody is. "Ratio" is the peer's time over that of `pyx_xent` with `grad_out=`.
-Times drift from run to run; ratios within a group hold.
+Each group ran in one go, on the same arrays. Times are medians of at least 5 rounds (3 for calls slower than 1 s), after
+warming up; each answer was compared with a float64 reference first: all losses, and of large cases a sample of the gradient's
+rows. GB/s counts only bytes that have to be moved: logits once, class probabilities once, the gradient once. "Of the limit" is
+the time of the `limit` rows over the peer's own: moving these bytes and doing nothing else, or, where all stays in cache, one
+maximum and one exponential an element, called from Python as everybody is. "Ratio" is the peer's time over that of `pyx_xent`
+with `grad_out=`. Times drift from run to run; ratios within a group hold.
 """
 
 
