@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc):
                 # Inductor's minutes are spent once, where a quick run can afford it.
                 if case.quick and (name != "torch.compile" or case.elements < 1e6):
                     marks.append(pytest.mark.quick)
-                if name.startswith(("pyx_xent", "limit")):
+                if name.startswith("pyx_xent"):
                     marks.append(pytest.mark.ours)
                 parameters.append(pytest.param(case, operation, name, marks=marks, id=f"{operation}-{case}-{name}"))
     metafunc.parametrize(("case", "operation", "name"), parameters)
