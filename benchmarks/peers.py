@@ -318,6 +318,8 @@ def cannot_run(name, case, threads, cpus):
     """None, or why an installed peer has to be left out."""
     if PEERS[name].missing:
         return f"{PEERS[name].missing} is not installed"
+    if case.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
+        return "ml_dtypes is not installed, so NumPy has no bfloat16"
     if name.startswith("JAX") and threads != cpus:
         return f"JAX cannot be limited to {threads} of {cpus} CPUs in a running process"
     return None

@@ -76,8 +76,13 @@ def test_bytes_needed():
 
 def test_absent_peers_are_reported(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "absent", replace(peers.PEERS["Numba"], modules=("no_such_module",)))
-    assert peers.cannot_run("absent", None, 1, 1) == "no_such_module is not installed"
-    assert peers.cannot_run(peers.OURS, None, 1, 1) is None
+    assert peers.cannot_run("absent", cases.CASES[0], 1, 1) == "no_such_module is not installed"
+    assert peers.cannot_run(peers.OURS, cases.CASES[0], 1, 1) is None
+
+
+def test_jax_is_left_out_where_its_threads_cannot_be_limited():
+    if peers.PEERS["JAX, optax"].missing is None:
+        assert "cannot be limited to 1 of 2" in peers.cannot_run("JAX, optax", cases.CASES[0], 1, 2)
 
 
 class TestRoofline:
