@@ -77,7 +77,7 @@ def ours_reused(problem, operation, threads):
 @peer("pyx_xent, in place", only_gradient)
 def ours_in_place(problem, operation, threads):
     # From the second call on the logits are the gradient of the call before: small numbers, so that all classes are about
-    # equally probable. The kernels do the same work for these; copying the logits back would only leave some of them in cache.
+    # equally probable. The kernels take as long for these as for the logits, to 4 % at 10 classes and 1 % at 1000 and more.
     logits = problem.logits.copy()
     options = dict(problem.options, grad_out=logits, num_threads=threads)
     return lambda: pyx_xent.cross_entropy_with_grad(logits, problem.target, **options)
