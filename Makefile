@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
+BASELINE := file://./.benchmarks/baseline
 SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench bench-quick bench-save bench-compare lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -14,7 +16,21 @@ test: $(VENV)/test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/bench
-	$(BIN)/python -m pytest benchmarks
+	$(TIMED) --benchmark-save=full --benchmark-storage=file://./.benchmarks/full
+	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks scaling
+	$(BIN)/python -m benchmarks report
+
+bench-quick: $(VENV)/bench
+	$(TIMED) -m quick --bench-seconds 0.3
+
+# Ours alone, before a change and after it.
+bench-save: $(VENV)/bench
+	$(TIMED) -m "quick and ours" --benchmark-save=baseline --benchmark-storage=$(BASELINE)
+
+bench-compare: $(VENV)/bench
+	@ls .benchmarks/baseline/*/*.json >/dev/null 2>&1 || { echo 'Nothing to compare with: run "make bench-save" first.'; exit 1; }
+	$(TIMED) -m "quick and ours" --benchmark-compare --benchmark-compare-fail=min:15% --benchmark-storage=$(BASELINE)
 
 lint: $(VENV)/test
 	$(BIN)/python -m pip install --quiet ruff
