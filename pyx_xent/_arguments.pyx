@@ -28,6 +28,7 @@ from pyx_xent._problem cimport (
     LOG_SOFTMAX,
     LOG_SOFTMAX_BACKWARD,
     NLL,
+    ROWS,
     SEGMENT,
     SOFTMAX,
     SOFTMAX_BACKWARD,
@@ -457,8 +458,11 @@ cdef int settle(Call call) except -1:
         p.inner *= p.outer
         p.outer = 1
     across = (across and p.inner >= LANES) or p.classes <= FEW_CLASSES
-    # What the rows that are worked on together take in a scratch.
-    size = p.classes * (LANES if across else max(<Py_ssize_t>1, min(<Py_ssize_t>LANES, BLOCK // max(p.classes, 1))))
+    p.across = across
+    p.rows_together = max(<Py_ssize_t>1, min(<Py_ssize_t>ROWS, BLOCK // max(p.classes, 1)))
+    if across:
+        p.rows_together = max(<Py_ssize_t>LANES, p.rows_together // LANES * LANES)
+    size = p.classes * p.rows_together            # what these take in a scratch
     p.keep = p.grad.data != NULL and (not across or size <= 4 * BLOCK)
     p.stream = (
         p.grad.data != NULL and p.grad.data != p.logits.data

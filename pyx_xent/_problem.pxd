@@ -9,7 +9,8 @@ cdef enum:
     LANES = 16                    # columns or rows that a kernel works on together: one AVX-512 register of floats
     FEW_CLASSES = 64              # up to here LANES rows, transposed in a scratch, are faster than a row at a time
     SEGMENT = 8192                # classes of a row that are added up before they go to its total; threads may share segments
-    BLOCK = 32768                 # elements of the rows that are worked on together: they stay in cache
+    ROWS = 64                     # rows that are worked on together, at most
+    BLOCK = 32768                 # and their elements: what is read twice stays in cache
 
 cdef enum Storage:
     FLOAT32
@@ -58,4 +59,6 @@ cdef struct Problem:
     bint have_state
     void* scratch                 # (num_threads, 3, scratch_size) of float or double, as computed: for logits, soft, grad
     Py_ssize_t scratch_size
+    bint across                   # rows lie side by side, or there are few classes
+    Py_ssize_t rows_together      # at most so many rows at once; across the lanes whole tiles
     double* parts                 # (segments, 2) if shared

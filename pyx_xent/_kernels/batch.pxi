@@ -2,7 +2,7 @@
 # work.pxi.)
 #
 # A row's result depends on nothing but the row, so any split among threads gives the same bits. By what lies side by side in
-# memory, LANES rows are computed across the lanes (few classes, or rows next to each other), or one after the other.
+# memory, rows are computed across the lanes (few classes, or rows next to each other), or one after the other.
 # Rows that a kernel cannot read or write where they are (strides, half precision, few classes) go through a scratch.
 
 from cython.parallel cimport threadid
@@ -10,19 +10,31 @@ from cython.parallel cimport threadid
 from pyx_xent._arguments cimport Call
 
 
-cdef inline bint lies_along(const ClassArray* array, bint classes, bint is_double) noexcept nogil:
-    # Are the classes (else: the rows) next to each other, in the dtype that is computed with? Absent arrays are like that.
-    if array.data == NULL:
-        return True
-    return (array.classes if classes else array.inner) == 1 and array.storage == (FLOAT64 if is_double else FLOAT32)
+cdef inline Storage computed_in(floating compute) noexcept nogil:
+    if floating is float:
+        return FLOAT32
+    else:
+        return FLOAT64
+
+
+cdef inline bint is_direct(const ClassArray* array, Py_ssize_t stride, floating compute) noexcept nogil:
+    # Can a kernel work on it where it is? stride: of what has to lie side by side. Absent arrays are like that.
+    return array.data == NULL or (stride == 1 and array.storage == computed_in(compute))
 
 
 cdef void gather(
     const ClassArray* array, const void* data, Py_ssize_t classes, int rows,
     floating* tile,                           # out  (classes, LANES)  what is beyond `rows` is 0
 ) noexcept nogil:
-    cdef Py_ssize_t c, size = size_of(array.storage)
+    cdef Py_ssize_t c, size = size_of(array.storage), row_stride = array.inner
+    cdef const floating* x = <const floating*>data
     cdef int l
+    if rows == LANES and array.storage == computed_in[floating](0):      # nearly always
+        for c in range(classes):
+            for l in range(LANES):
+                tile[c * LANES + l] = x[l * row_stride]
+            x += array.classes
+        return
     if rows < LANES:
         memset(tile, 0, classes * LANES * sizeof(floating))
     if array.inner == 1:
@@ -36,8 +48,15 @@ cdef void gather(
 cdef void scatter(
     const floating* tile, const ClassArray* array, void* data, Py_ssize_t classes, int rows
 ) noexcept nogil:
-    cdef Py_ssize_t c, size = size_of(array.storage)
+    cdef Py_ssize_t c, size = size_of(array.storage), row_stride = array.inner
+    cdef floating* to = <floating*>data
     cdef int l
+    if rows == LANES and array.storage == computed_in[floating](0):
+        for c in range(classes):
+            for l in range(LANES):
+                to[l * row_stride] = tile[c * LANES + l]
+            to += array.classes
+        return
     if array.inner == 1:
         for c in range(classes):
             store(tile + c * LANES, 1, rows, <char*>data + c * array.classes * size, array.storage, 1)
@@ -54,11 +73,11 @@ cdef void do_across(
     cdef void* other = element(&p.soft, outer, inner)
     cdef void* out = element(&p.grad, outer, inner)
     cdef floating* third = scratch + 2 * p.scratch_size
-    cdef Py_ssize_t c
+    cdef Py_ssize_t tile = p.classes * LANES, c
+    cdef int l
     b.work.across = True
-    b.moved = scratch
     b.work.stream = False
-    b.work.next = NULL
+    b.moved = scratch
     if b.live == 0:
         if out != NULL:
             for c in range(p.classes):
@@ -66,31 +85,40 @@ cdef void do_across(
                     <char*>out + c * p.grad.classes * size_of(p.grad.storage), p.grad.storage, p.grad.inner, b.rows, False
                 )
         return
+    b.kept[0] = third if p.keep else NULL
     if direct:
-        b.work.x, b.work.stride = x, p.logits.classes
-        b.work.other, b.work.other_stride = other, p.soft.classes
-        b.work.out, b.work.out_stride = out, p.grad.classes
-        b.work.kept = third if p.keep else NULL
+        b.x[0], b.other[0], b.out[0] = x, other, out
+        b.next_x = b.next_other = b.next_out = LANES
+        b.work.stride, b.work.other_stride, b.work.out_stride = p.logits.classes, p.soft.classes, p.grad.classes
         do_block[floating](b, 0)
         return
-    gather(&p.logits, x, p.classes, b.rows, scratch)
-    b.work.x, b.work.stride = scratch, LANES
-    b.work.other, b.work.other_stride = NULL, LANES
+    b.x[0], b.other[0], b.out[0] = scratch, NULL, NULL
+    b.next_x = b.next_other = b.next_out = tile
+    b.work.stride = b.work.other_stride = b.work.out_stride = LANES
     if other != NULL:
-        gather(&p.soft, other, p.classes, b.rows, scratch + p.scratch_size)
-        b.work.other = scratch + p.scratch_size
-    b.work.out, b.work.out_stride = third if out != NULL else NULL, LANES
-    b.work.kept = third if p.keep else NULL
+        b.other[0] = scratch + p.scratch_size
+    if out != NULL:
+        b.out[0] = third
+    for l from 0 <= l < b.rows by LANES:
+        gather(&p.logits, element(&p.logits, outer, inner + l), p.classes, min(b.rows - l, <int>LANES), scratch + l // LANES * tile)
+        if other != NULL:
+            gather(
+                &p.soft, element(&p.soft, outer, inner + l), p.classes, min(b.rows - l, <int>LANES),
+                scratch + p.scratch_size + l // LANES * tile,
+            )
     do_block[floating](b, 0)
     if out != NULL:
-        scatter(third, &p.grad, out, p.classes, b.rows)
+        for l from 0 <= l < b.rows by LANES:
+            scatter(
+                third + l // LANES * tile, &p.grad, element(&p.grad, outer, inner + l), p.classes, min(b.rows - l, <int>LANES)
+            )
 
 
 cdef void do_along(Block* b, Py_ssize_t outer, Py_ssize_t inner, floating* scratch) noexcept nogil:
     cdef const Problem* p = b.problem
-    cdef bint direct_x = lies_along(&p.logits, True, p.is_double)
-    cdef bint direct_other = lies_along(&p.soft, True, p.is_double)
-    cdef bint direct_out = lies_along(&p.grad, True, p.is_double)
+    cdef bint direct_x = is_direct[floating](&p.logits, p.logits.classes, 0)
+    cdef bint direct_other = is_direct[floating](&p.soft, p.soft.classes, 0)
+    cdef bint direct_out = is_direct[floating](&p.grad, p.grad.classes, 0)
     cdef void* x
     cdef void* other
     cdef void* out
@@ -137,13 +165,11 @@ cdef void do_slice(
     const Problem* p, Py_ssize_t position, Py_ssize_t end,     # in   these positions
     floating* scratch,                        # (3, scratch_size)
 ) noexcept nogil:
-    cdef bint is_double = p.is_double
-    cdef bint along_rows = (
-        lies_along(&p.logits, False, is_double) and lies_along(&p.soft, False, is_double)
-        and lies_along(&p.grad, False, is_double)
+    cdef bint direct = (
+        is_direct[floating](&p.logits, p.logits.inner, 0) and is_direct[floating](&p.soft, p.soft.inner, 0)
+        and is_direct[floating](&p.grad, p.grad.inner, 0)
     )
-    cdef bint few = p.classes <= FEW_CLASSES
-    cdef Py_ssize_t rows_together = max(<Py_ssize_t>1, min(<Py_ssize_t>LANES, BLOCK // p.classes))
+    cdef bint across
     cdef Py_ssize_t outer, inner, rows
     cdef Block block
     cdef int l
@@ -156,21 +182,29 @@ cdef void do_slice(
             do_nll[floating](p, position, element(&p.logits, outer, inner), element(&p.grad, outer, inner), 0)
             position += 1
             continue
-        rows = min(<Py_ssize_t>LANES, p.inner - inner, end - position)
-        if not few and not (along_rows and rows == LANES):
-            rows = min(rows, rows_together)
+        rows = min(p.inner - inner, end - position)
+        across = p.classes <= FEW_CLASSES or (p.across and rows >= LANES)
+        rows = min(rows, p.rows_together)
+        if across and rows > LANES:
+            rows -= rows % LANES
         block.position = position
         block.rows = <int>rows
-        block.live = 0
-        for l in range(LANES):
+        block.lanes = <int>(rows + LANES - 1) // LANES * LANES
+        for l in range(block.lanes):
             block.base[l] = 0
-            block.excluded[l] = p.target[position + l] if p.target != NULL and l < rows else -1
-            block.dead[l] = 1 if l >= rows or (p.target != NULL and block.excluded[l] < 0) else 0
+            block.excluded[l] = -1
+        if p.target != NULL:
+            for l in range(block.rows):
+                block.excluded[l] = p.target[position + l]
+        for l in range(block.lanes):
+            block.dead[l] = 1 if l >= block.rows or (p.target != NULL and block.excluded[l] < 0) else 0
+        block.live = 0
+        for l in range(block.rows):
             block.live += block.dead[l] == 0
         if block.live == 0 and p.operation == CROSS_ENTROPY:
             ignore_rows(&block)
-        if few or (along_rows and rows == LANES):
-            do_across[floating](&block, outer, inner, along_rows and rows == LANES, scratch)
+        if across:
+            do_across[floating](&block, outer, inner, direct and rows % LANES == 0, scratch)
         else:
             do_along[floating](&block, outer, inner, scratch)
         position += rows

@@ -1,10 +1,11 @@
-# Up to LANES rows on their way from logits to loss and gradient.
+# Up to ROWS rows on their way from logits to loss and gradient.
 #
 # What leaves a row is (maximum, others): others = sum of e^(x_c - maximum) over all classes but one, the target. So where the
 # target has nearly all the probability, its loss log1p(others) and its gradient -others / total keep their digits.
 #
-# The rows of a block lie across the lanes (a row in each), or each of them has its classes side by side. Only the functions
-# at the top of this file know which; the rest is arithmetic on LANES numbers, which the compiler vectorises.
+# The rows of a block lie across the lanes (tiles of LANES rows, a row in each), or each of them has its classes side by side.
+# Only the functions at the top of this file know which; the rest is arithmetic on as many numbers as there are rows, which the
+# compiler vectorises. Many rows at once, so that the processor need not wait for one before it starts with the next.
 
 # A row without an index target is summed again without its largest class when the others come to less than this.
 cdef double CONFIDENT_BELOW = 1.0
@@ -14,28 +15,32 @@ cdef struct Block:
     const Problem* problem
     Py_ssize_t position           # of the first row
     int rows
-    Work work                     # across: of all rows; else of the one that is being worked on
-    void* x[LANES]                # of each row, unless across
-    void* other[LANES]
-    void* kept[LANES]
-    void* out[LANES]
-    void* moved                   # scratch for rows whose logits are too large: (LANES, classes); across: (classes, LANES)
-    double dead[LANES]            # not 0: an ignored row, or none
+    int lanes                     # rows, rounded up to whole tiles: what is computed for all, in vectors
+    Work work                     # of the row or tile that is being worked on
+    Py_ssize_t next_x             # across: elements from one tile to the next
+    Py_ssize_t next_other
+    Py_ssize_t next_out
+    void* x[ROWS]                 # of each row; across: [0] is that of the first tile
+    void* other[ROWS]
+    void* kept[ROWS]
+    void* out[ROWS]
+    void* moved                   # scratch for rows whose logits are too large: (rows, classes); across: (tiles, classes, LANES)
+    double dead[ROWS]            # not 0: an ignored row, or none
     int live
-    double excluded[LANES]        # the class left out of `others`, or -1: as double, to be vectorised
-    double base[LANES]            # already subtracted from the logits; 0 but for very large ones
-    double reference[LANES]       # less base, as all that follows
-    double exponent[LANES]
-    double maximum[LANES]
-    double total[LANES]           # sum of the exponentials, 2^(headroom - exponent) times too large
-    double of_max[LANES]          # the exponential of the maximum, likewise
-    double others[LANES]
-    double term[LANES]
-    double mass[LANES]
-    double scale[LANES]           # of e^(x - maximum) in the gradient
-    double unit[LANES]            # of w_c q'_c in the gradient
-    double at_excluded[LANES]     # the gradient of the class left out
-    double loss[LANES]
+    double excluded[ROWS]        # the class left out of `others`, or -1: as double, to be vectorised
+    double base[ROWS]            # already subtracted from the logits; 0 but for very large ones
+    double reference[ROWS]       # less base, as all that follows
+    double exponent[ROWS]
+    double maximum[ROWS]
+    double total[ROWS]           # sum of the exponentials, 2^(headroom - exponent) times too large
+    double of_max[ROWS]          # the exponential of the maximum, likewise
+    double others[ROWS]
+    double term[ROWS]
+    double mass[ROWS]
+    double scale[ROWS]           # of e^(x - maximum) in the gradient
+    double unit[ROWS]            # of w_c q'_c in the gradient
+    double at_excluded[ROWS]     # the gradient of the class left out
+    double loss[ROWS]
 
 
 # Whether rows lie across the lanes or side by side
@@ -45,28 +50,26 @@ cdef inline void select_row(Block* b, int l) noexcept nogil:
     b.work.x, b.work.other, b.work.kept, b.work.out = b.x[l], b.other[l], b.kept[l], b.out[l]
 
 
-cdef inline floating* logit(const Block* b, int l, Py_ssize_t c, floating compute) noexcept nogil:
+cdef inline void select_tile(Block* b, int tile, floating compute) noexcept nogil:
+    b.work.x = <floating*>b.x[0] + tile * b.next_x
+    b.work.other = <floating*>b.other[0] + tile * b.next_other if b.other[0] != NULL else NULL
+    b.work.out = <floating*>b.out[0] + tile * b.next_out if b.out[0] != NULL else NULL
+    b.work.kept = <floating*>b.kept[0] + tile * b.work.classes * LANES if b.kept[0] != NULL else NULL
+
+
+cdef inline floating* entry(
+    const Block* b, void* const* array, Py_ssize_t next_tile, Py_ssize_t stride, int l, Py_ssize_t c, floating compute
+) noexcept nogil:
+    # Class c of row l in x, other or out, with their next_ and stride.
     if b.work.across:
-        return <floating*>b.work.x + c * b.work.stride + l
-    return <floating*>b.x[l] + c
-
-
-cdef inline floating* other_of(const Block* b, int l, Py_ssize_t c, floating compute) noexcept nogil:
-    if b.work.across:
-        return <floating*>b.work.other + c * b.work.other_stride + l
-    return <floating*>b.other[l] + c
-
-
-cdef inline floating* out_of(const Block* b, int l, Py_ssize_t c, floating compute) noexcept nogil:
-    if b.work.across:
-        return <floating*>b.work.out + c * b.work.out_stride + l
-    return <floating*>b.out[l] + c
+        return <floating*>array[0] + l // LANES * next_tile + c * stride + l % LANES
+    return <floating*>array[l] + c
 
 
 cdef inline Py_ssize_t position_of(const Block* b, int l, floating value) noexcept nogil:
     # The last class, should the caller's memory have changed meanwhile.
     cdef Py_ssize_t c = 0
-    while c < b.work.classes - 1 and logit[floating](b, l, c, 0)[0] != value:
+    while c < b.work.classes - 1 and entry[floating](b, b.x, b.next_x, b.work.stride, l, c, 0)[0] != value:
         c += 1
     return c
 
@@ -75,11 +78,13 @@ cdef void block_largest(Block* b, Py_ssize_t classes, double* largest, floating 
     # Of the first `classes` classes; NaN is passed over.
     cdef const floating* x
     cdef floating m[LANES]
-    cdef int l
+    cdef int l, k
     if b.work.across:
-        lanes_max(<const floating*>b.work.x, b.work.stride, classes, m)
-        for l in range(LANES):
-            largest[l] = m[l]
+        for l in range(b.lanes // LANES):
+            select_tile[floating](b, l, 0)
+            lanes_max(<const floating*>b.work.x, b.work.stride, classes, m)
+            for k in range(LANES):
+                largest[l * LANES + k] = m[k]
         return
     for l in range(b.rows):
         if b.dead[l] == 0:
@@ -98,19 +103,20 @@ cdef void block_sum(
     double* first, double* second,            # out
     floating compute,
 ) noexcept nogil:
-    cdef RowSum rows[LANES]
-    cdef void* kept = b.work.kept
-    cdef int l
+    cdef RowSum rows[ROWS]
+    cdef int l, k
     cdef double room = headroom[floating](0)
     if b.work.across:
-        for l in range(LANES):
-            b.work.low[l] = lowest[floating](b.exponent[l], room, 0)
-            b.work.round_by[l] = rounder[floating](b.exponent[l], room, 0)
-            b.work.left_out[l] = left_out[l]
-            b.work.reference[l] = b.maximum[l]
-        b.work.kept = kept if keep else NULL
-        tile_sum[floating](&b.work, kind, first, second, 0)
-        b.work.kept = kept
+        for l from 0 <= l < b.lanes by LANES:
+            select_tile[floating](b, l // LANES, 0)
+            if not keep:
+                b.work.kept = NULL
+            for k in range(LANES):
+                b.work.low[k] = lowest[floating](b.exponent[l + k], room, 0)
+                b.work.round_by[k] = rounder[floating](b.exponent[l + k], room, 0)
+                b.work.left_out[k] = left_out[l + k]
+                b.work.reference[k] = b.maximum[l + k]
+            tile_sum[floating](&b.work, kind, first + l, second + l, 0)
         return
     for l in range(b.rows):
         if skip[l] == 0:
@@ -131,19 +137,21 @@ cdef void block_entries(
     Block* b, Operation operation, const double* low, const double* round_by, const double* reference,
     const double* scale, const double* unit, floating compute,
 ) noexcept nogil:
-    cdef int l
+    cdef int l, k, dead
     if b.work.across:
-        for l in range(LANES):
-            b.work.low[l] = low[l]
-            b.work.round_by[l] = round_by[l]
-            b.work.reference[l] = reference[l]
-            b.work.scale[l] = scale[l]
-            b.work.unit[l] = unit[l]
-            b.work.dead[l] = b.dead[l]
-        b.work.has_dead = b.live < LANES
-        entries[floating](
-            &b.work, operation, 0, b.work.classes, <floating*>b.work.out, b.work.out_stride
-        )
+        for l from 0 <= l < b.lanes by LANES:
+            select_tile[floating](b, l // LANES, 0)
+            dead = 0
+            for k in range(LANES):
+                b.work.low[k] = low[l + k]
+                b.work.round_by[k] = round_by[l + k]
+                b.work.reference[k] = reference[l + k]
+                b.work.scale[k] = scale[l + k]
+                b.work.unit[k] = unit[l + k]
+                b.work.dead[k] = b.dead[l + k]
+                dead |= b.dead[l + k] != 0
+            b.work.has_dead = dead
+            entries[floating](&b.work, operation, 0, b.work.classes, <floating*>b.work.out, b.work.out_stride)
         return
     fill[double](b.work.dead, 0)
     b.work.has_dead = False
@@ -164,14 +172,17 @@ cdef void block_move(Block* b, const double* base, floating compute) noexcept no
     cdef const floating* x
     cdef Py_ssize_t c
     cdef floating m[LANES]
-    cdef int l
+    cdef int l, k
     if b.work.across:
-        x = <const floating*>b.work.x
-        rounded(base, m)
-        for c in range(b.work.classes):
-            for l in range(LANES):
-                to[c * LANES + l] = x[c * b.work.stride + l] - m[l]
-        b.work.x = to
+        for l from 0 <= l < b.lanes by LANES:
+            select_tile[floating](b, l // LANES, 0)
+            x = <const floating*>b.work.x
+            rounded(base + l, m)
+            for c in range(b.work.classes):
+                for k in range(LANES):
+                    to[(l * b.work.classes) + c * LANES + k] = x[c * b.work.stride + k] - m[k]
+        b.x[0] = to
+        b.next_x = b.work.classes * LANES
         b.work.stride = LANES
     else:
         for l in range(b.rows):
@@ -180,7 +191,7 @@ cdef void block_move(Block* b, const double* base, floating compute) noexcept no
                 for c in range(b.work.classes):
                     to[l * b.work.classes + c] = x[c] - <floating>base[l]
                 b.x[l] = to + l * b.work.classes
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.base[l] += base[l]
 
 
@@ -199,14 +210,14 @@ cdef inline bint misses(double maximum, double reference, floating compute) noex
 
 cdef void settle_reference(Block* b, floating compute) noexcept nogil:
     # The exponent that goes with each reference. Rows beyond largest_logit are moved by their maximum first.
-    cdef double base[LANES]
-    cdef double largest[LANES]
+    cdef double base[ROWS]
+    cdef double largest[ROWS]
     cdef int l, large = 0
-    for l in range(LANES):
+    for l in range(b.lanes):
         large |= too_large[floating](b.reference[l], 0)
     if large:
         block_largest[floating](b, b.work.classes, largest, 0)
-        for l in range(LANES):
+        for l in range(b.lanes):
             base[l] = 0.0
             if l < b.rows and b.dead[l] == 0 and too_large[floating](b.reference[l], 0):
                 b.reference[l] = largest[l]
@@ -214,8 +225,33 @@ cdef void settle_reference(Block* b, floating compute) noexcept nogil:
                     base[l] = largest[l]
                     b.reference[l] = 0.0
         block_move[floating](b, base, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.exponent[l] = exponent_of(b.reference[l])
+
+
+cdef void guess_reference(Block* b, floating compute) noexcept nogil:
+    # Close below the row's maximum: one of its first logits or the target's; across the lanes one of four.
+    cdef const floating* x
+    cdef Py_ssize_t quarter = b.work.classes // 4 * b.work.stride
+    cdef double logit_of_target
+    cdef floating m[LANES]
+    cdef int l, k
+    if b.work.across:
+        for l from 0 <= l < b.lanes by LANES:
+            x = <const floating*>b.x[0] + l // LANES * b.next_x
+            for k in range(LANES):
+                m[k] = x[k]
+                m[k] = x[quarter + k] if x[quarter + k] > m[k] else m[k]
+                m[k] = x[2 * quarter + k] if x[2 * quarter + k] > m[k] else m[k]
+                m[k] = x[3 * quarter + k] if x[3 * quarter + k] > m[k] else m[k]
+            for k in range(LANES):
+                b.reference[l + k] = m[k]
+        return
+    block_largest[floating](b, LANES, b.reference, 0)
+    for l in range(b.rows):
+        if b.excluded[l] >= LANES:
+            logit_of_target = (<const floating*>b.x[l])[<Py_ssize_t>b.excluded[l]]
+            b.reference[l] = logit_of_target if logit_of_target > b.reference[l] else b.reference[l]
 
 
 cdef void block_state(
@@ -225,39 +261,34 @@ cdef void block_state(
 ) noexcept nogil:
     # maximum and others. One pass over memory, with a reference guessed from the row's start and its target; a second one is
     # rare.
-    cdef double without[LANES]
+    cdef double without[ROWS]
     cdef double room = headroom[floating](0)
-    cdef double skip[LANES]
-    cdef double x
+    cdef double skip[ROWS]
     cdef int l, missed = 0, confident = 0
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.reference[l] = 0
         b.maximum[l] = 0
         b.total[l] = 1
-    block_largest[floating](b, min(b.work.classes, <Py_ssize_t>LANES), b.reference, 0)
-    for l in range(b.rows):
-        if b.dead[l] == 0 and b.excluded[l] >= LANES:
-            x = logit[floating](b, l, <Py_ssize_t>b.excluded[l], 0)[0]
-            b.reference[l] = x if x > b.reference[l] else b.reference[l]
+    guess_reference[floating](b, 0)
     settle_reference[floating](b, 0)
     block_sum[floating](b, MAX_SUM, b.excluded, b.dead, True, b.maximum, b.total, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         missed |= b.dead[l] == 0 and misses[floating](b.maximum[l], b.reference[l], 0)
     if missed:
-        for l in range(LANES):
+        for l in range(b.lanes):
             skip[l] = 1
             if b.dead[l] == 0 and misses[floating](b.maximum[l], b.reference[l], 0):
                 b.reference[l] = b.maximum[l]
                 skip[l] = 0
         settle_reference[floating](b, 0)
         block_sum[floating](b, MAX_SUM, b.excluded, skip, True, b.maximum, b.total, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.of_max[l] = exp_in_double[floating](b.maximum[l], b.exponent[l], room, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.others[l] = b.total[l] / b.of_max[l] - (1.0 if b.excluded[l] < 0 else 0.0)
     if not keep_digits:
         return
-    for l in range(LANES):
+    for l in range(b.lanes):
         without[l] = -1.0
         skip[l] = 1
         if b.dead[l] == 0 and b.excluded[l] < 0 and b.others[l] < CONFIDENT_BELOW:
@@ -266,7 +297,7 @@ cdef void block_state(
             confident = 1
     if confident:
         block_sum[floating](b, MAX_SUM, without, skip, False, b.maximum, b.total, 0)
-        for l in range(LANES):
+        for l in range(b.lanes):
             if skip[l] == 0:
                 b.others[l] = b.total[l] / b.of_max[l]
 
@@ -275,16 +306,14 @@ cdef void take_state(Block* b, floating compute) noexcept nogil:
     # From an earlier call: see give_state.
     cdef const Problem* p = b.problem
     cdef int l
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.reference[l] = p.row_max[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
         b.others[l] = p.row_others[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
         b.of_max[l] = 1.0
         b.maximum[l] = b.reference[l]
     settle_reference[floating](b, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.maximum[l] -= b.base[l]
-        b.work.kept = NULL
-        b.kept[l] = NULL
 
 
 cdef void give_state(const Block* b) noexcept nogil:
@@ -316,21 +345,20 @@ cdef inline bint stays_normal(double scale, floating compute) noexcept nogil:
 cdef void block_gradient(Block* b, Operation operation, floating compute) noexcept nogil:
     # scale * e^(x - maximum) - unit * w q': from the exponentials that the sum has kept, or from those computed again. Both
     # have the same bits, a power of two apart, as long as it leaves the scale a normal number.
-    cdef double low[LANES]
-    cdef double round_by[LANES]
-    cdef double scale[LANES]
-    cdef double room[LANES]
-    cdef double exponent[LANES]
-    cdef double of_max[LANES]
+    cdef double low[ROWS]
+    cdef double round_by[ROWS]
+    cdef double scale[ROWS]
+    cdef double room[ROWS]
+    cdef double exponent[ROWS]
+    cdef double of_max[ROWS]
     cdef int l
     cdef bint kept = b.problem.keep and not b.problem.have_state
-    for l in range(LANES):
+    for l in range(b.lanes):
         scale[l] = b.scale[l] / b.of_max[l]
     for l in range(b.rows):
         kept = kept and (b.dead[l] != 0 or stays_normal[floating](scale[l], 0))
     if not kept:
-        b.work.kept = NULL
-        for l in range(LANES):
+        for l in range(b.lanes):
             b.kept[l] = NULL
             exponent[l] = exponent_of(b.maximum[l])
             room[l] = gradient_room[floating](b.scale[l], 0)

@@ -12,7 +12,6 @@
 
 from pyx_xent._problem cimport (
     BFLOAT16,
-    BLOCK,
     CROSS_ENTROPY,
     FEW_CLASSES,
     FLOAT16,
@@ -22,6 +21,7 @@ from pyx_xent._problem cimport (
     LOG_SOFTMAX,
     LOG_SOFTMAX_BACKWARD,
     NLL,
+    ROWS,
     SEGMENT,
     SOFTMAX,
     SOFTMAX_BACKWARD,

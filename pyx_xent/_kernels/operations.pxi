@@ -48,15 +48,15 @@ cdef void block_loss(
     cdef double spread = p.label_smoothing / p.classes if p.target != NULL else 1.0
     cdef double nll_counts = 1.0 if p.target != NULL else 0.0
     cdef double z_loss = p.z_loss
-    cdef double excluded_exp[LANES]
-    cdef double log_total[LANES]
+    cdef double excluded_exp[ROWS]
+    cdef double log_total[ROWS]
     cdef RowLoss row
     cdef int l
-    for l in range(LANES):
+    for l in range(b.lanes):
         excluded_exp[l] = exp_below_zero(at_excluded_logit[l])
-    for l in range(LANES):
+    for l in range(b.lanes):
         log_total[l] = log1p_of_sum(b.others[l] + (excluded_exp[l] - 1.0))
-    for l in range(LANES):
+    for l in range(b.lanes):
         row = loss_of_row(
             b.maximum[l] + b.base[l], b.others[l], excluded_exp[l], log_total[l], hard[l],
             log_total[l] - at_excluded_logit[l] if nll_counts != 0 else 0.0, spread,
@@ -72,11 +72,11 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     cdef const Problem* p = b.problem
     cdef const floating* weight = <const floating*>p.weight
     cdef bint soft = p.target == NULL
-    cdef double at_excluded_logit[LANES]
-    cdef double excluded_mass[LANES]
-    cdef double hard[LANES]
-    cdef double sample[LANES]
-    cdef double g[LANES]
+    cdef double at_excluded_logit[ROWS]
+    cdef double excluded_mass[ROWS]
+    cdef double hard[ROWS]
+    cdef double sample[ROWS]
+    cdef double g[ROWS]
     cdef Py_ssize_t c
     cdef int l
     b.work.weight = weight
@@ -89,29 +89,43 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
         block_state[floating](b, soft, 0)
         if p.row_max != NULL:
             give_state(b)
-    for l in range(LANES):
-        at_excluded_logit[l] = 0
+    for l in range(b.lanes):
+        sample[l] = 1
         excluded_mass[l] = 1
-        sample[l] = 0
-        g[l] = 0
-        if b.dead[l] == 0:
-            if soft and b.others[l] < CONFIDENT_BELOW:
-                b.excluded[l] = position_of[floating](b, l, <floating>b.maximum[l])
-            sample[l] = p.sample_weight[b.position + l] if p.sample_weight != NULL else 1.0
-            g[l] = p.grad_scale * sample[l] * (p.grad_output[b.position + l] if p.grad_output != NULL else 1.0)
-            if b.excluded[l] >= 0:
-                c = <Py_ssize_t>b.excluded[l]
-                at_excluded_logit[l] = <double>logit[floating](b, l, c, 0)[0] - b.maximum[l]
-                if weight != NULL:
-                    excluded_mass[l] = weight[c]
-                if soft:
-                    excluded_mass[l] = class_coefficient(
-                        <floating>excluded_mass[l], other_of[floating](b, l, c, 0)[0],
-                        <floating>b.work.keep, <floating>b.work.spread,
-                    )
-        hard[l] = 0.0 if soft else (1.0 - p.label_smoothing) * excluded_mass[l]
+        at_excluded_logit[l] = 0
         b.term[l] = 0
         b.mass[l] = 0
+    if p.sample_weight != NULL:
+        for l in range(b.rows):
+            sample[l] = p.sample_weight[b.position + l]
+    for l in range(b.lanes):
+        g[l] = p.grad_scale * sample[l]
+    if p.grad_output != NULL:
+        for l in range(b.rows):
+            g[l] *= p.grad_output[b.position + l]
+    if soft:
+        for l in range(b.rows):
+            if b.others[l] < CONFIDENT_BELOW:
+                b.excluded[l] = position_of[floating](b, l, <floating>b.maximum[l])
+    for l in range(b.rows):
+        if b.excluded[l] >= 0:
+            c = <Py_ssize_t>b.excluded[l]
+            at_excluded_logit[l] = <double>entry[floating](b, b.x, b.next_x, b.work.stride, l, c, 0)[0] - b.maximum[l]
+    if weight != NULL:
+        for l in range(b.rows):
+            if b.excluded[l] >= 0:
+                excluded_mass[l] = weight[<Py_ssize_t>b.excluded[l]]
+    if soft:
+        for l in range(b.rows):
+            if b.excluded[l] >= 0:
+                c = <Py_ssize_t>b.excluded[l]
+                excluded_mass[l] = class_coefficient(
+                    <floating>excluded_mass[l],
+                    entry[floating](b, b.other, b.next_other, b.work.other_stride, l, c, 0)[0],
+                    <floating>b.work.keep, <floating>b.work.spread,
+                )
+    for l in range(b.lanes):
+        hard[l] = 0.0 if soft else (1.0 - p.label_smoothing) * excluded_mass[l]
     if b.work.has_class_term:
         block_sum[floating](b, CLASS_TERM, b.excluded, b.dead, False, b.term, b.mass, 0)
     block_loss(b, at_excluded_logit, hard, excluded_mass, sample, g)
@@ -123,7 +137,8 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     block_gradient[floating](b, CROSS_ENTROPY, 0)
     for l in range(b.rows):
         if b.dead[l] == 0 and b.excluded[l] >= 0:
-            out_of[floating](b, l, <Py_ssize_t>b.excluded[l], 0)[0] = <floating>b.at_excluded[l]
+            c = <Py_ssize_t>b.excluded[l]
+            entry[floating](b, b.out, b.next_out, b.work.out_stride, l, c, 0)[0] = <floating>b.at_excluded[l]
 
 
 cdef void block_softmax(Block* b, floating compute) noexcept nogil:
@@ -132,7 +147,7 @@ cdef void block_softmax(Block* b, floating compute) noexcept nogil:
     b.work.has_class_term = False
     b.work.weight = NULL
     block_state[floating](b, logarithm, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.scale[l] = 1.0 / (1.0 + b.others[l])
         b.unit[l] = log1p_of_sum(b.others[l])
     if logarithm:
@@ -145,13 +160,12 @@ cdef void block_backward(Block* b, floating compute) noexcept nogil:
     # Of softmax and log_softmax; x is their output, other the upstream gradient.
     cdef Operation operation = b.problem.operation
     cdef double room = headroom[floating](0)
-    cdef double low[LANES]
-    cdef double round_by[LANES]
-    cdef double nothing[LANES]
+    cdef double low[ROWS]
+    cdef double round_by[ROWS]
+    cdef double nothing[ROWS]
     cdef int l
     b.work.weight = NULL
-    b.work.kept = NULL
-    for l in range(LANES):
+    for l in range(b.lanes):
         b.exponent[l] = 0
         b.maximum[l] = 0
         b.total[l] = 0
@@ -160,7 +174,7 @@ cdef void block_backward(Block* b, floating compute) noexcept nogil:
     else:
         block_sum[floating](b, SUM_OTHER, b.excluded, b.dead, False, nothing, b.total, 0)
         block_largest[floating](b, b.work.classes, b.maximum, 0)
-    for l in range(LANES):
+    for l in range(b.lanes):
         # total * e^x = scale * (the shifted exponential of x)
         b.exponent[l] = exponent_of(b.maximum[l])
         low[l] = lowest[floating](b.exponent[l], room, 0)

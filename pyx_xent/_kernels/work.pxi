@@ -123,9 +123,11 @@ cdef void tile_segment(
     cdef floating* exponentials
     cdef double a[LANES * LANES]
     cdef double b[LANES * LANES]
-    memset(b, 0, residues * LANES * sizeof(double))
     if kind == MAX_SUM:
-        memset(a, 0, residues * LANES * sizeof(double))      # what compensation has lost
+        if floating is double:
+            memset(a, 0, residues * LANES * sizeof(double))      # what compensation has lost
+        if tail > 0 and strips > 0:           # the first group is not the one that comes to each residue
+            memset(b, 0, residues * LANES * sizeof(double))
         rounded(work.low, low)
         rounded(work.round_by, round_by)
         fill[floating](maximum, -INFINITY)
@@ -137,12 +139,13 @@ cdef void tile_segment(
             exponentials = kept + c * LANES if kept != NULL else buffer
             tile_exponentials(x + c * work.stride, work.stride, count, low, round_by, left_out, exponentials, maximum)
             j = offset * LANES if group < 0 else 0
-            tile_add(exponentials, count, tail == 0 and group == 0, b + j, a + j)
+            tile_add(exponentials, count, group == 0 and tail == 0 or strips == 0, b + j, a + j)
         for l in range(LANES):
             first[l] = maximum[l]
         fold_tile(b, residues, second)
         return
     memset(a, 0, residues * LANES * sizeof(double))
+    memset(b, 0, residues * LANES * sizeof(double))
     for j in range(LANES if strips > 0 else 0):
         tile_residue[floating](work, kind, start + j, strips, a + j * LANES, b + j * LANES, 0)
     for j in range(tail):
