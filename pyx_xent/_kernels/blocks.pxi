@@ -111,11 +111,11 @@ cdef void block_sum(
             select_tile[floating](b, l // LANES, 0)
             if not keep:
                 b.work.kept = NULL
+            memcpy(b.work.left_out, left_out + l, sizeof(b.work.low))
+            memcpy(b.work.reference, b.maximum + l, sizeof(b.work.low))
             for k in range(LANES):
                 b.work.low[k] = lowest[floating](b.exponent[l + k], room, 0)
                 b.work.round_by[k] = rounder[floating](b.exponent[l + k], room, 0)
-                b.work.left_out[k] = left_out[l + k]
-                b.work.reference[k] = b.maximum[l + k]
             tile_sum[floating](&b.work, kind, first + l, second + l, 0)
         return
     for l in range(b.rows):
@@ -141,14 +141,14 @@ cdef void block_entries(
     if b.work.across:
         for l from 0 <= l < b.lanes by LANES:
             select_tile[floating](b, l // LANES, 0)
+            memcpy(b.work.low, low + l, sizeof(b.work.low))
+            memcpy(b.work.round_by, round_by + l, sizeof(b.work.low))
+            memcpy(b.work.reference, reference + l, sizeof(b.work.low))
+            memcpy(b.work.scale, scale + l, sizeof(b.work.low))
+            memcpy(b.work.unit, unit + l, sizeof(b.work.low))
+            memcpy(b.work.dead, b.dead + l, sizeof(b.work.low))
             dead = 0
             for k in range(LANES):
-                b.work.low[k] = low[l + k]
-                b.work.round_by[k] = round_by[l + k]
-                b.work.reference[k] = reference[l + k]
-                b.work.scale[k] = scale[l + k]
-                b.work.unit[k] = unit[l + k]
-                b.work.dead[k] = b.dead[l + k]
                 dead |= b.dead[l + k] != 0
             b.work.has_dead = dead
             entries[floating](&b.work, operation, 0, b.work.classes, <floating*>b.work.out, b.work.out_stride)

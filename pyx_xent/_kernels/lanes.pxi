@@ -33,7 +33,7 @@ from pyx_xent._problem cimport (
 
 cdef enum:
     GROUP = 8                     # terms that a lane adds in float before they go to its double
-    AHEAD = 32 * LANES            # elements between what is computed and what is asked from memory
+    AHEAD = 256 * LANES           # elements between what is computed and what is asked from memory
     PIECE = 64                    # strips of a quantity on its way from one loop to the next, in a buffer
 
 

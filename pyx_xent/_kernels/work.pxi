@@ -286,25 +286,32 @@ cdef void row_segment_entries(
     const Work* work, Operation operation, Py_ssize_t segment, floating compute
 ) noexcept nogil:
     cdef Py_ssize_t first = segment * SEGMENT
-    cdef Py_ssize_t size = segment_size(work.classes, segment), tail = size % LANES, done = 0, count
+    cdef Py_ssize_t size = segment_size(work.classes, segment), head = 0, tail, done, count
     cdef floating* out = <floating*>work.out + first
+    cdef floating* to
+    cdef floating begin[LANES]
     cdef floating end[LANES]
     cdef floating piece[PIECE * LANES]
-    if tail > 0:                              # before the rest, because `out` may be `x` or `kept`
+    if work.stream:                           # from where a line of memory begins
+        head = <Py_ssize_t>(-<uintptr_t>out % 64) // <Py_ssize_t>sizeof(floating)
+    tail = (size - head) % LANES
+    # Both ends before the rest, because `out` may be `x` or `kept`.
+    if head > 0:
+        entries(work, operation, first, 1, begin, LANES)
+    if tail > 0:
         entries(work, operation, first + size - LANES, 1, end, LANES)
-    if not work.stream:
-        entries(work, operation, first, size // LANES, out, LANES)
-        if tail > 0:
-            memcpy(out + size - LANES, end, LANES * sizeof(floating))
-        return
+    done = head
     while done < size - tail:
         count = min(<Py_ssize_t>(PIECE * LANES), size - tail - done)
         if work.next != NULL:
             prefetch_lines(<const char*>work.next + (first + done) * sizeof(floating), count * sizeof(floating))
-        entries(work, operation, first + done, count // LANES, piece, LANES)
-        stream_out(out + done, piece, count * sizeof(floating))
+        to = &piece[0] if work.stream else out + done
+        entries(work, operation, first + done, count // LANES, to, LANES)
+        if work.stream:
+            stream_out(out + done, to, count * sizeof(floating))
         done += count
-    stream_out(out + done, end + LANES - tail, tail * sizeof(floating))
+    memcpy(out, begin, head * sizeof(floating))
+    memcpy(out + size - tail, end + LANES - tail, tail * sizeof(floating))
 
 
 cdef void row_entries(const Work* work, Operation operation, const Problem* p, floating compute) noexcept nogil:
