@@ -26,11 +26,11 @@ TARGETS = {
     "soft, smoothed and weighted": {"label_smoothing": 0.1, "weight": True},
 }
 
-needs_long_double = np.finfo(np.longdouble).nmant < 63
+long_double_is_short = np.finfo(np.longdouble).nmant < 63
 
 
 def wider(dtype):
-    if dtype is np.float64 and needs_long_double:
+    if dtype is np.float64 and long_double_is_short:
         pytest.skip("long double is not longer than double here")
     return np.float64 if dtype is np.float32 else np.longdouble
 

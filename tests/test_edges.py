@@ -219,7 +219,7 @@ def huge_rows(rng, classes, dtype):
 
 
 @pytest.mark.spec("S29", "S34")
-@pytest.mark.parametrize("classes", [3, 20, 65, 100, 2050])
+@pytest.mark.parametrize("classes", [3, 33, 300])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_very_large_logits_agree_with_the_reference(isa, dtype, rng, classes, order):
     names, huge, labels = zip(*huge_rows(rng, classes, dtype), strict=True)
@@ -237,12 +237,14 @@ def test_very_large_logits_agree_with_the_reference(isa, dtype, rng, classes, or
             loss, grad = px.cross_entropy_with_grad(logits, y, **options)
             expected, expected_grad = reference.cross_entropy_with_grad(logits, y, **options)
             for i, name in enumerate(names):
-                print(name)  # shown where the comparison fails
-                assert_close(loss[i], expected[i], LOSS_TOLERANCE[dtype])
-                assert_close(grad[i], expected_grad[i], GRAD_TOLERANCE[dtype])
+                try:
+                    assert_close(loss[i], expected[i], LOSS_TOLERANCE[dtype])
+                    assert_close(grad[i], expected_grad[i], GRAD_TOLERANCE[dtype])
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, target {target[i]}") from error
             criterion = px.CrossEntropyLoss(**options)
             assert same_bits(criterion(logits, y), loss)
             assert same_bits(criterion.backward(), grad)
     for operation in ("softmax", "log_softmax"):
         output, exact = getattr(px, operation)(logits), getattr(reference, operation)(logits)
-        np.testing.assert_allclose(output, exact, rtol=8 * np.finfo(dtype).eps, atol=np.finfo(dtype).tiny)
+        np.testing.assert_allclose(output, exact, rtol=LOSS_TOLERANCE[dtype], atol=np.finfo(dtype).tiny)
