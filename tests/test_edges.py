@@ -248,3 +248,8 @@ def test_very_large_logits_agree_with_the_reference(isa, dtype, rng, classes, or
     for operation in ("softmax", "log_softmax"):
         output, exact = getattr(px, operation)(logits), getattr(reference, operation)(logits)
         np.testing.assert_allclose(output, exact, rtol=LOSS_TOLERANCE[dtype], atol=np.finfo(dtype).tiny)
+
+
+def test_a_sum_beyond_float32_is_infinite_without_a_warning(isa):
+    logits = np.array([[3e38, 0, 0], [3e38, 0, 0]], np.float32)
+    assert px.cross_entropy(logits, [1, 1], reduction="sum") == INF
