@@ -5,7 +5,7 @@ import pytest
 from conftest import same_bits
 
 import pyx_xent as px
-from pyx_xent import _dispatch
+from pyx_xent import _dispatch, _threads
 
 pytestmark = pytest.mark.spec("S36", "S7")
 
@@ -156,3 +156,181 @@ def test_outputs_that_are_given_have_the_bits_of_fresh_ones(isa, dtype, rng, cla
 def test_a_gradient_is_laid_out_like_its_logits(rng):
     logits = np.asfortranarray(rng.normal(size=(20, 50)))
     assert px.cross_entropy_with_grad(logits, np.zeros(20, int))[1].strides == logits.strides
+
+
+# Long rows
+
+FUNCTIONS = {
+    "plain": lambda x, y, **threads: px.cross_entropy_with_grad(x, y, reduction="none", **threads),
+    "smoothed, with z_loss": lambda x, y, **threads: px.cross_entropy_with_grad(
+        x, y, reduction="none", label_smoothing=0.1, z_loss=0.01, **threads
+    ),
+    "loss only": lambda x, y, **threads: (px.cross_entropy(x, y, reduction="none", label_smoothing=0.1, **threads),),
+    "in place": lambda x, y, **threads: gradient_in_place(x, y, **threads),
+    "softmax": lambda x, y, **threads: (px.softmax(x, **threads), px.log_softmax(x, **threads)),
+    "backward": lambda x, y, **threads: (px.softmax_backward(x, y, **threads), px.log_softmax_backward(x, y, **threads)),
+}
+
+
+def gradient_in_place(logits, target, **options):
+    logits = logits.copy(order="K")
+    return px.cross_entropy_with_grad(logits, target, reduction="none", grad_out=logits, **options)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 40_000), (3, 32_768 + 5), (2, 70_001)])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+def test_rows_that_threads_share_have_the_bits_of_the_same_rows_in_a_batch(isa, dtype, rng, many_threads, rows, classes, soft):
+    logits, target = problem(rng, 6, classes, dtype, soft)
+    target[3] = target[1]
+    logits[3, : classes - 1] = -np.inf  # a row whose sum begins in its last segment
+    for name, function in FUNCTIONS.items():
+        if name == "backward" and not soft:
+            continue
+        batch = function(logits, target, num_threads=1)
+        for start in range(0, 6, rows):
+            part = slice(start, start + rows)
+            for threads in (1, 2, 3, 4):
+                for alone, together in zip(function(logits[part], target[part], num_threads=threads), batch, strict=True):
+                    assert same_bits(alone, together[part]), (name, start, threads)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 40_000), (3, 32_768 + 5), (2, 70_001)])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+def test_backward_on_shared_rows_has_the_bits_of_one_thread(isa, dtype, rng, many_threads, monkeypatch, rows, classes, soft):
+    logits, target = (array[1 : 1 + rows] for array in problem(rng, 6, classes, dtype, soft))
+    g = rng.normal(size=rows)
+    loss, grad = px.cross_entropy_with_grad(
+        logits, target, reduction="none", label_smoothing=0.1, grad_output=g, num_threads=1
+    )  # fmt: skip
+    criterion = px.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    for threads in (1, 2, 3, 4):
+        monkeypatch.setattr(_threads, "available", lambda threads=threads: (threads, "test"))
+        assert same_bits(criterion(logits, target), loss)
+        assert same_bits(criterion.backward(g), grad)
+
+
+@pytest.mark.parametrize("classes", [8191, 8192, 8193, 8192 + 15, 16384, 16385, 8192 * 2 + 17])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+def test_rows_of_about_a_segment_have_the_same_bits_in_every_layout(isa, dtype, rng, many_threads, classes, soft):
+    logits, target = problem(rng, 18, classes, dtype, soft)
+    transposed, transposed_target = np.ascontiguousarray(logits.T), np.ascontiguousarray(target.T)
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    loss, grad = px.cross_entropy_with_grad(logits, target, num_threads=1, **options)
+    softmax, log_softmax = px.softmax(logits, num_threads=1), px.log_softmax(logits, num_threads=1)
+    for threads in (1, 4):
+        for rows in (5, 18):  # fewer and more than a tile
+            columns = {"axis": 0, "num_threads": threads}
+            part = transposed_target[..., :rows]
+            result = px.cross_entropy_with_grad(transposed[:, :rows], part, **columns, **options)
+            assert same_bits(result[0], loss[:rows])
+            assert same_bits(result[1].T, grad[:rows])
+            assert same_bits(px.softmax(transposed[:, :rows], **columns).T, softmax[:rows])
+            assert same_bits(px.log_softmax(transposed[:, :rows], **columns).T, log_softmax[:rows])
+            result = px.cross_entropy_with_grad(logits[:rows], target[:rows], num_threads=threads, **options)
+            assert same_bits(result[0], loss[:rows])
+            assert same_bits(result[1], grad[:rows])
+
+
+# Results that are stored past the caches
+
+STREAM_BYTES = 2**25  # as in _arguments.pyx
+
+
+class Guarded:
+    """An array of NaN in the middle of a larger one, some elements behind a 64-byte boundary."""
+
+    def __init__(self, shape, dtype, elements):
+        size, itemsize = int(np.prod(shape)), np.dtype(dtype).itemsize
+        self.around = np.full(size + 512, np.nan, dtype)
+        self.start = 128 + (-self.around.ctypes.data % 64) // itemsize + elements
+        self.end = self.start + size
+        self.array = self.around[self.start : self.end].reshape(shape)
+
+    def is_intact(self):
+        return np.isnan(self.around[: self.start]).all() and np.isnan(self.around[self.end :]).all()
+
+
+def large_problem(rng, classes, dtype):
+    """Rows whose gradient just passes the limit, some of them ignored."""
+    rows = -(-STREAM_BYTES // (classes * np.dtype(dtype).itemsize))
+    logits = np.resize(5 * rng.standard_normal(100_003).astype(dtype), (rows, classes))
+    target = rng.integers(0, classes, rows)
+    target[::5] = target[3] = target[-1] = -100
+    return logits, target
+
+
+def in_parts(function, rows):
+    """The results of a function of slices, each too small to be stored past the caches, put together."""
+    parts = [function(slice(start, min(start + 150, rows))) for start in range(0, rows, 150)]
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+
+@pytest.mark.spec("S35")
+@pytest.mark.parametrize("classes", [3001, 4096])
+def test_a_gradient_stored_past_the_caches_has_the_bits_of_its_rows(isa, dtype, rng, many_threads, classes):
+    logits, target = large_problem(rng, classes, dtype)
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    loss, grad = in_parts(lambda part: px.cross_entropy_with_grad(logits[part], target[part], **options), len(logits))
+    for row in (0, 1, 2, 3, len(logits) - 2, len(logits) - 1):
+        assert same_bits(px.cross_entropy_with_grad(logits[row], target[row], **options)[1], grad[row])
+    output = Guarded(logits.shape, dtype, 1)
+    result = px.cross_entropy_with_grad(logits, target, grad_out=output.array, num_threads=3, **options)
+    assert same_bits(result[0], loss)
+    assert same_bits(output.array, grad)
+    assert output.is_intact()
+    assert not output.array[target < 0].any()
+    assert not np.signbit(output.array[target < 0]).any()
+    assert same_bits(px.cross_entropy_with_grad(logits, target, num_threads=1, **options)[1], grad)
+    # Logits that go through a scratch, then in place.
+    output = Guarded(logits.shape, dtype, 1)
+    px.cross_entropy_with_grad(np.asfortranarray(logits), target, grad_out=output.array, **options)
+    assert same_bits(output.array, grad)
+    assert output.is_intact()
+    px.cross_entropy_with_grad(logits, target, grad_out=logits, **options)
+    assert same_bits(logits, grad)
+
+
+@pytest.mark.spec("S35", "S37", "S38")
+@pytest.mark.parametrize("classes", [3001, 4096])
+def test_other_results_stored_past_the_caches_have_the_bits_of_their_rows(isa, dtype, rng, many_threads, classes):
+    logits, target = large_problem(rng, classes, dtype)
+    for function in (px.softmax, px.log_softmax):
+        (expected,) = in_parts(lambda part, function=function: (function(logits[part]),), len(logits))
+        output = Guarded(logits.shape, dtype, 1)
+        assert function(logits, out=output.array, num_threads=3) is output.array
+        assert same_bits(output.array, expected)
+        assert output.is_intact()
+    output = Guarded(logits.shape, dtype, 1)
+    px.log_softmax_backward(logits, expected, out=output.array)
+    (backward,) = in_parts(lambda part: (px.log_softmax_backward(logits[part], expected[part]),), len(logits))
+    assert same_bits(output.array, backward)
+    assert output.is_intact()
+    output = Guarded(logits.shape, dtype, 1)
+    px.nll_loss_with_grad(logits, target, reduction="sum", grad_out=output.array)
+    assert same_bits(output.array, np.where(np.arange(classes) == target[:, None], dtype(-1), dtype(0)))
+    assert output.is_intact()
+
+
+@pytest.mark.parametrize("inner", [5, 800])
+def test_a_large_gradient_with_the_class_axis_inside_has_the_bits_of_class_axis_last(isa, dtype, rng, many_threads, inner):
+    classes = 3001
+    logits, target = large_problem(rng, classes, dtype)
+    outer = -(-len(logits) // inner)
+    logits, target = np.resize(logits, (outer * inner, classes)), np.resize(target, outer * inner)
+    expected = px.cross_entropy_with_grad(logits, target, reduction="none")[1].reshape(outer, inner, classes)
+    inside = np.ascontiguousarray(logits.reshape(outer, inner, classes).swapaxes(1, 2))
+    output = Guarded(inside.shape, dtype, 1)
+    px.cross_entropy_with_grad(inside, target.reshape(outer, inner), reduction="none", grad_out=output.array, num_threads=3)
+    assert np.array_equal(output.array, expected.swapaxes(1, 2))
+    assert output.is_intact()
+
+
+def test_a_large_float16_gradient_has_the_bits_of_its_rows(isa, rng):
+    logits, target = large_problem(rng, 4099, np.float16)
+    options = {"reduction": "none"}
+    (grad,) = in_parts(lambda part: px.cross_entropy_with_grad(logits[part], target[part], **options)[1:], len(logits))
+    output = Guarded(logits.shape, np.float16, 1)
+    px.cross_entropy_with_grad(logits, target, grad_out=output.array, **options)
+    assert same_bits(output.array, grad)
+    assert output.is_intact()
+    assert not grad[target < 0].any()

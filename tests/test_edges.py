@@ -4,9 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import same_bits
+from conftest import GRAD_TOLERANCE, LOSS_TOLERANCE, assert_close, same_bits
 
 import pyx_xent as px
+from pyx_xent import reference
 
 INF, NAN = np.inf, np.nan
 LAYOUTS = ["few classes", "many classes", "class axis inside"]
@@ -178,3 +179,77 @@ def test_no_warning_is_raised_whatever_the_values(rng):
         for value in (NAN, INF, -INF, 1e300, 1e-310):
             px.cross_entropy_with_grad(np.full((3, 5), value), [0, 1, 2], label_smoothing=0.1)
             px.softmax(np.full((3, 5), value))
+
+
+# Logits so large that few of their digits, or none, are behind the point
+
+AROUND = {np.float32: [1e6, 3e6, 1e30], np.float64: [1e6, 3e6, 1e16, 1e300]}
+
+
+def row_around(rng, center, classes, dtype):
+    """Neighbouring numbers: a few apart from each other, or where they are rarer than that, the next ones."""
+    step = max(1.0, float(np.spacing(dtype(abs(center)))))
+    return (center + step * np.round(3 * rng.normal(size=classes))).astype(dtype)
+
+
+def huge_rows(rng, classes, dtype):
+    """(what it is, row, target)"""
+    for center in AROUND[dtype]:
+        for sign in (1, -1):
+            row = row_around(rng, sign * center, classes, dtype)
+            yield f"around {sign * center}", row, row.argmax()
+            yield f"around {sign * center}, target not the largest", row, row.argmin()
+        yield f"all {center}", np.full(classes, center, dtype), classes - 1
+    huge = AROUND[dtype][-1]
+    for first, second, third in ((huge, 0, -huge), (0, -huge, huge), (-huge, huge, 0), (-huge, 0, -huge), (0, -huge, 0)):
+        row = np.resize(np.array([first, second, third], dtype), classes)
+        for target in (0, 1, classes - 1):
+            yield f"{first} {second} {third}", row, target
+    one = np.zeros(classes, dtype)
+    for position in (0, classes // 2, classes - 1):
+        for value in (huge, -huge):
+            row = one.copy()
+            row[position] = value
+            yield f"0 but for {value} at {position}", row, 1
+            yield f"-inf but for {value} at {position}", np.where(row == value, row, -INF).astype(dtype), position
+            yield f"-inf but for {value} at {position}, another target", np.where(row == value, row, -INF).astype(dtype), 1
+    row = one.copy()
+    row[classes - 1], row[0] = huge, INF
+    yield "+inf and huge", row, classes - 1
+
+
+@pytest.mark.spec("S29", "S34")
+@pytest.mark.parametrize("classes", [3, 33, 300])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_very_large_logits_agree_with_the_reference(isa, dtype, rng, classes, order):
+    names, huge, labels = zip(*huge_rows(rng, classes, dtype), strict=True)
+    # Between ordinary rows, so that one tile has both.
+    logits = rng.normal(size=(2 * len(huge), classes)).astype(dtype)
+    target = rng.integers(0, classes, len(logits))
+    logits[::2], target[::2] = huge, labels
+    names = [name for row in names for name in (row, "ordinary")]
+    logits = np.array(logits, order=order)
+    onehot = np.zeros(logits.shape, dtype)
+    onehot[np.arange(len(target)), target] = 1
+    for y in (target, onehot):
+        for smoothing in (0.0, 0.1):
+            options = {"reduction": "none", "label_smoothing": smoothing}
+            loss, grad = px.cross_entropy_with_grad(logits, y, **options)
+            expected, expected_grad = reference.cross_entropy_with_grad(logits, y, **options)
+            for i, name in enumerate(names):
+                try:
+                    assert_close(loss[i], expected[i], LOSS_TOLERANCE[dtype])
+                    assert_close(grad[i], expected_grad[i], GRAD_TOLERANCE[dtype])
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, target {target[i]}") from error
+            criterion = px.CrossEntropyLoss(**options)
+            assert same_bits(criterion(logits, y), loss)
+            assert same_bits(criterion.backward(), grad)
+    for operation in ("softmax", "log_softmax"):
+        output, exact = getattr(px, operation)(logits), getattr(reference, operation)(logits)
+        np.testing.assert_allclose(output, exact, rtol=LOSS_TOLERANCE[dtype], atol=np.finfo(dtype).tiny)
+
+
+def test_a_sum_beyond_float32_is_infinite_without_a_warning(isa):
+    logits = np.array([[3e38, 0, 0], [3e38, 0, 0]], np.float32)
+    assert px.cross_entropy(logits, [1, 1], reduction="sum") == INF
