@@ -592,7 +592,7 @@ def cross_entropy(
     if keep_state:
         array = np.empty((2, positions))
         p.row_max = <double*>cnp.PyArray_DATA(array)
-        p.row_others = p.row_max + positions
+        p.row_total = p.row_max + positions
         call.memory += (array,)
     set_grad_output(call, grad_output)
     if want_gradient:

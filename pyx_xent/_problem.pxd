@@ -55,7 +55,7 @@ cdef struct Problem:
     double z_loss
     double* loss                  # out  (positions,)  NULL: not wanted
     double* row_max               # state for a later backward: out, or in if have_state; NULL: not wanted
-    double* row_others            # out or in  sum of exp(logit - max) over all classes but the target
+    double* row_total            # out or in  see Block.total and give_state in _kernels/blocks.pxi
     bint have_state
     void* scratch                 # (num_threads, 3, scratch_size) of float or double, as computed: for logits, soft, grad
     Py_ssize_t scratch_size

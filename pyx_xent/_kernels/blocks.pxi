@@ -1,15 +1,11 @@
 # Up to ROWS rows on their way from logits to loss and gradient.
 #
-# What leaves a row is (maximum, others): others = sum of e^(x_c - maximum) over all classes but one, the target. So where the
-# target has nearly all the probability, its loss log1p(others) and its gradient -others / total keep their digits.
+# What leaves a row is its maximum and `total`: the sum of the exponentials of all classes but one, the target. So where the
+# target has nearly all the probability, its loss log1p(total / its own) and its gradient -total / all keep their digits.
 #
 # The rows of a block lie across the lanes (tiles of LANES rows, a row in each), or each of them has its classes side by side.
 # Only the functions at the top of this file know which; the rest is arithmetic on as many numbers as there are rows, which the
 # compiler vectorises. Many rows at once, so that the processor need not wait for one before it starts with the next.
-
-# A row without an index target is summed again without its largest class when the others come to less than this.
-cdef double CONFIDENT_BELOW = 1.0
-
 
 cdef struct Block:
     const Problem* problem
@@ -27,19 +23,22 @@ cdef struct Block:
     void* moved                   # scratch for rows whose logits are too large: (rows, classes); across: (tiles, classes, LANES)
     double dead[ROWS]            # not 0: an ignored row, or none
     int live
-    double excluded[ROWS]        # the class left out of `others`, or -1: as double, to be vectorised
+    double excluded[ROWS]         # the class left out of `total`, or -1: as double, to be vectorised
     double base[ROWS]            # already subtracted from the logits; 0 but for very large ones
     double reference[ROWS]       # less base, as all that follows
     double exponent[ROWS]
     double maximum[ROWS]
-    double total[ROWS]           # sum of the exponentials, 2^(headroom - exponent) times too large
-    double of_max[ROWS]          # the exponential of the maximum, likewise
-    double others[ROWS]
+    # Exponentials, all 2^(headroom - exponent_of(maximum)) times too large:
+    double total[ROWS]            # the sum of all classes but the one that is left out
+    double of_max[ROWS]           # of the maximum
+    double of_excluded[ROWS]      # of the class left out, or 0
+    double kept_scale[ROWS]       # times this, a power of two: those that the sum has kept
     double term[ROWS]
     double mass[ROWS]
     double scale[ROWS]           # of e^(x - maximum) in the gradient
     double unit[ROWS]            # of w_c q'_c in the gradient
-    double at_excluded[ROWS]     # the gradient of the class left out
+    double at_excluded_logit[ROWS]    # the logit of the class left out, less the maximum; -inf if there is none
+    double at_excluded[ROWS]      # the gradient of that class
     double loss[ROWS]
 
 
@@ -98,12 +97,14 @@ cdef void block_largest(Block* b, Py_ssize_t classes, double* largest, floating 
 cdef void block_sum(
     Block* b, Sum kind,
     const double* left_out,                   # in   of each row, for MAX_SUM
-    const double* skip,                       # in   not 0: a row that need not be summed
+    const double* skip,                       # in   not 0: a row that is not summed, its results stay
     bint keep,                                # in   the exponentials, for MAX_SUM
     double* first, double* second,            # out
     floating compute,
 ) noexcept nogil:
     cdef RowSum rows[ROWS]
+    cdef double tile_first[LANES]
+    cdef double tile_second[LANES]
     cdef int l, k
     cdef double room = headroom[floating](0)
     if b.work.across:
@@ -116,7 +117,10 @@ cdef void block_sum(
             for k in range(LANES):
                 b.work.low[k] = lowest[floating](b.exponent[l + k], room, 0)
                 b.work.round_by[k] = rounder[floating](b.exponent[l + k], room, 0)
-            tile_sum[floating](&b.work, kind, first + l, second + l, 0)
+            tile_sum[floating](&b.work, kind, tile_first, tile_second, 0)
+            for k in range(LANES):
+                first[l + k] = tile_first[k] if skip[l + k] == 0 else first[l + k]
+                second[l + k] = tile_second[k] if skip[l + k] == 0 else second[l + k]
         return
     for l in range(b.rows):
         if skip[l] == 0:
@@ -202,10 +206,13 @@ cdef inline bint too_large(double reference, floating compute) noexcept nogil:
     return reference != -INFINITY and fabs(reference) >= largest_logit(compute)
 
 
-cdef inline bint misses(double maximum, double reference, floating compute) noexcept nogil:
-    # Was the row summed with a reference too far from its maximum?
-    reference = 0.0 if reference == -INFINITY else reference
-    return maximum > reference + window(compute) or -INFINITY < maximum < reference
+cdef inline bint misses(const Block* b, int l, floating compute) noexcept nogil:
+    # Was the row summed with a reference too far from its maximum, or not moved although that is too large?
+    cdef double reference = 0.0 if b.reference[l] == -INFINITY else b.reference[l]
+    return b.dead[l] == 0 and (
+        b.maximum[l] > reference + window(compute) or -INFINITY < b.maximum[l] < reference
+        or too_large(b.maximum[l], compute)
+    )
 
 
 cdef void settle_reference(Block* b, floating compute) noexcept nogil:
@@ -254,12 +261,22 @@ cdef void guess_reference(Block* b, floating compute) noexcept nogil:
             b.reference[l] = logit_of_target if logit_of_target > b.reference[l] else b.reference[l]
 
 
+cdef inline double power_of_two(double exponent) noexcept nogil:
+    # in   exponent   a whole number in (-1023, 1023), or NaN, which gives anything
+    cdef uint64_t bits
+    cdef double biased = exponent + (1023.0 + 4503599627370496.0), power      # + 2^52: the integer in the lowest bits
+    memcpy(&bits, &biased, 8)
+    bits = bits << 52
+    memcpy(&power, &bits, 8)
+    return power
+
+
 cdef void block_state(
     Block* b,
     bint keep_digits,                         # in   a confident row without excluded class leaves out its largest
     floating compute,
 ) noexcept nogil:
-    # maximum and others. One pass over memory, with a reference guessed from the row's start and its target; a second one is
+    # maximum and total. One pass over memory, with a reference guessed from the row's start and its target; a second one is
     # rare.
     cdef double without[ROWS]
     cdef double room = headroom[floating](0)
@@ -273,25 +290,27 @@ cdef void block_state(
     settle_reference[floating](b, 0)
     block_sum[floating](b, MAX_SUM, b.excluded, b.dead, True, b.maximum, b.total, 0)
     for l in range(b.lanes):
-        missed |= b.dead[l] == 0 and misses[floating](b.maximum[l], b.reference[l], 0)
+        missed |= misses[floating](b, l, 0)
     if missed:
         for l in range(b.lanes):
             skip[l] = 1
-            if b.dead[l] == 0 and misses[floating](b.maximum[l], b.reference[l], 0):
+            if misses[floating](b, l, 0):
                 b.reference[l] = b.maximum[l]
                 skip[l] = 0
         settle_reference[floating](b, 0)
         block_sum[floating](b, MAX_SUM, b.excluded, skip, True, b.maximum, b.total, 0)
     for l in range(b.lanes):
-        b.of_max[l] = exp_in_double[floating](b.maximum[l], b.exponent[l], room, 0)
-    for l in range(b.lanes):
-        b.others[l] = b.total[l] / b.of_max[l] - (1.0 if b.excluded[l] < 0 else 0.0)
+        # The units of the reference, guessed or not, become those of the maximum: a power of two, which is exact.
+        b.kept_scale[l] = power_of_two(exponent_of(b.maximum[l]) - b.exponent[l])
+        b.total[l] = b.total[l] / b.kept_scale[l]
+    exponentials_of_state[floating](b, 0)
     if not keep_digits:
         return
     for l in range(b.lanes):
         without[l] = -1.0
         skip[l] = 1
-        if b.dead[l] == 0 and b.excluded[l] < 0 and b.others[l] < CONFIDENT_BELOW:
+        # Less than the largest has: then it is summed again without it.
+        if b.dead[l] == 0 and b.excluded[l] < 0 and b.total[l] < 2 * b.of_max[l]:
             without[l] = position_of[floating](b, l, <floating>b.maximum[l])
             skip[l] = 0
             confident = 1
@@ -299,7 +318,24 @@ cdef void block_state(
         block_sum[floating](b, MAX_SUM, without, skip, False, b.maximum, b.total, 0)
         for l in range(b.lanes):
             if skip[l] == 0:
-                b.others[l] = b.total[l] / b.of_max[l]
+                b.total[l] = b.total[l] / b.kept_scale[l]
+                b.excluded[l] = without[l]
+        exponentials_of_state[floating](b, 0)
+
+
+cdef void exponentials_of_state(Block* b, floating compute) noexcept nogil:
+    cdef double room = headroom[floating](0)
+    cdef double x[ROWS]
+    cdef int l
+    for l in range(b.lanes):
+        b.of_max[l] = exp_in_double[floating](b.maximum[l], exponent_of(b.maximum[l]), room, 0)
+        x[l] = -INFINITY
+    for l in range(b.rows):
+        if b.excluded[l] >= 0:
+            x[l] = entry[floating](b, b.x, b.next_x, b.work.stride, l, <Py_ssize_t>b.excluded[l], 0)[0]
+    for l in range(b.lanes):
+        b.at_excluded_logit[l] = x[l] - b.maximum[l]
+        b.of_excluded[l] = exp_in_double[floating](x[l], exponent_of(b.maximum[l]), room, 0)
 
 
 cdef void take_state(Block* b, floating compute) noexcept nogil:
@@ -308,12 +344,18 @@ cdef void take_state(Block* b, floating compute) noexcept nogil:
     cdef int l
     for l in range(b.lanes):
         b.reference[l] = p.row_max[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
-        b.others[l] = p.row_others[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
-        b.of_max[l] = 1.0
+        b.total[l] = p.row_total[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
         b.maximum[l] = b.reference[l]
+        b.kept_scale[l] = 1.0
     settle_reference[floating](b, 0)
     for l in range(b.lanes):
         b.maximum[l] -= b.base[l]
+    if p.target == NULL:
+        for l in range(b.rows):
+            if b.dead[l] == 0 and b.total[l] <= 0 and copysign(1.0, b.total[l]) < 0:      # see give_state
+                b.total[l] = -b.total[l]
+                b.excluded[l] = position_of[floating](b, l, <floating>b.maximum[l])
+    exponentials_of_state[floating](b, 0)
 
 
 cdef void give_state(const Block* b) noexcept nogil:
@@ -321,18 +363,11 @@ cdef void give_state(const Block* b) noexcept nogil:
     cdef int l
     for l in range(b.rows):
         p.row_max[b.position + l] = 0.0 if b.dead[l] else b.maximum[l] + b.base[l]
-        p.row_others[b.position + l] = 0.0 if b.dead[l] else b.others[l]
+        # Without index targets the sign tells whether the largest class is left out.
+        p.row_total[b.position + l] = 0.0 if b.dead[l] else -b.total[l] if p.target == NULL and b.excluded[l] >= 0 else b.total[l]
 
 
 # From scales to gradients
-
-
-cdef inline double gradient_room(double scale, floating compute) noexcept nogil:
-    # The exponentials may be scaled up as far as their scale, divided by as much, stays a normal number.
-    if floating is float:
-        return headroom(compute) if fabs(scale) > 1e-24 else 0.0
-    else:
-        return headroom(compute) if fabs(scale) > 1e-210 else 0.0
 
 
 cdef inline bint stays_normal(double scale, floating compute) noexcept nogil:
@@ -350,20 +385,18 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
     cdef double scale[ROWS]
     cdef double room[ROWS]
     cdef double exponent[ROWS]
-    cdef double of_max[ROWS]
     cdef int l
     cdef bint kept = b.problem.keep and not b.problem.have_state
     for l in range(b.lanes):
-        scale[l] = b.scale[l] / b.of_max[l]
+        scale[l] = b.scale[l] / b.kept_scale[l]
     for l in range(b.rows):
         kept = kept and (b.dead[l] != 0 or stays_normal[floating](scale[l], 0))
     if not kept:
         for l in range(b.lanes):
             b.kept[l] = NULL
             exponent[l] = exponent_of(b.maximum[l])
-            room[l] = gradient_room[floating](b.scale[l], 0)
+            room[l] = headroom[floating](0) if stays_normal[floating](b.scale[l], 0) else 0.0
             low[l] = lowest[floating](exponent[l], room[l], 0)
             round_by[l] = rounder[floating](exponent[l], room[l], 0)
-            of_max[l] = exp_in_double[floating](b.maximum[l], exponent[l], room[l], 0)
-            scale[l] = b.scale[l] / of_max[l]
+            scale[l] = b.scale[l] * power_of_two(headroom[floating](0) - room[l])
     block_entries[floating](b, operation, low, round_by, b.maximum, scale, b.unit, 0)

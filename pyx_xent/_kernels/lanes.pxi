@@ -2,10 +2,11 @@
 #
 # A lane is either a column of one row (its classes lie side by side: class c is in lane c % LANES) or a row of its own (LANES
 # neighbouring rows, a stride from one class to the next). Both add the terms of a row in the same order, so a row has the
-# same bits whichever way it is computed: strips of LANES classes; class c to partial sum c % LANES, GROUP terms at a time in
-# the logits' dtype, the groups in double; the classes after the last whole strip are a group of their own and go to the
-# last partial sums, because a row reads them as the end of its last LANES classes. After SEGMENT classes the LANES partial
-# sums are added as a binary tree and go to the row's total. Segments depend on nothing but the row, so threads may share one.
+# same bits whichever way it is computed: strips of LANES classes; class c to partial sum c % LANES, float terms GROUP at a
+# time and the groups in double, double terms one by one with compensation; the classes after the last whole strip come first,
+# as a group of their own, and go to the last partial sums, because a row reads them as the end of its last LANES classes.
+# After SEGMENT classes the LANES partial sums are added as a binary tree and go to the row's total. Segments depend on nothing
+# but the row, so threads may share one.
 #
 # The LANES local arrays live in vector registers: one of AVX-512, two of AVX2. Results are computed there before anything is
 # stored, so that in-place work needs no slower version of the loop.
@@ -76,28 +77,61 @@ cdef inline void rounded(const double* values, floating* lanes) noexcept nogil:
         lanes[l] = <floating>values[l]
 
 
-cdef double fold_sum(double* lanes) noexcept nogil:
+cdef inline void add_to(double* total, double part, double* lost, floating compute) noexcept nogil:
+    # Sums of doubles keep what the addition rounds away.
+    cdef double before = total[0], of_part
+    total[0] = before + part
+    if floating is double:
+        of_part = total[0] - before
+        lost[0] += (before - (total[0] - of_part)) + (part - of_part)
+
+
+cdef inline double finite_sum(double total, double lost) noexcept nogil:
+    # Beyond infinity nothing is lost, and what has been computed as such is NaN.
+    return total + (lost if lost == lost else 0.0)
+
+
+cdef double fold_sum(double* lanes, floating compute) noexcept nogil:
     # in   lanes (LANES,)  overwritten
     cdef int l
+    cdef double lost[8]
     for l in range(8):
-        lanes[l] += lanes[l + 8]
+        lost[l] = 0
+    for l in range(8):
+        add_to[floating](&lanes[l], lanes[l + 8], &lost[l], 0)
     for l in range(4):
-        lanes[l] += lanes[l + 4]
-    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
+        lost[l] += lost[l + 4]
+        add_to[floating](&lanes[l], lanes[l + 4], &lost[l], 0)
+    for l in range(2):
+        lost[l] += lost[l + 2]
+        add_to[floating](&lanes[l], lanes[l + 2], &lost[l], 0)
+    lost[0] += lost[1]
+    add_to[floating](&lanes[0], lanes[1], &lost[0], 0)
+    return finite_sum(lanes[0], lost[0])
 
 
 cdef void fold_tile(
     double* sums,                             # in   (residues, LANES)  overwritten
     int residues, double* total,              # out  (LANES,)
+    floating compute,
 ) noexcept nogil:
     # The binary tree of fold_sum, in which residues that no class has would add +0.
     cdef int j, l, half = LANES // 2
+    cdef double lost[LANES * LANES]
+    if floating is double:
+        memset(lost, 0, sizeof(lost))
     while half > 0:
         for j in range(min(half, residues - half)):
             for l in range(LANES):
-                sums[j * LANES + l] += sums[(j + half) * LANES + l]
+                if floating is double:
+                    lost[j * LANES + l] += lost[(j + half) * LANES + l]
+                add_to[floating](&sums[j * LANES + l], sums[(j + half) * LANES + l], &lost[j * LANES + l], 0)
         half = half // 2
-    memcpy(total, sums, LANES * sizeof(double))
+    for l in range(LANES):
+        if floating is double:
+            total[l] = finite_sum(sums[l], lost[l])
+        else:
+            total[l] = sums[l]
 
 
 cdef floating fold_max(const floating* lanes) noexcept nogil:
@@ -137,7 +171,7 @@ cdef void lanes_max(
 # Sums over the classes of a segment
 
 
-cdef inline void accumulate(double* total, double* lost, floating part) noexcept nogil:
+cdef inline void accumulate(double* total, double* lost, double part, floating compute) noexcept nogil:
     cdef double before = total[0], corrected
     if floating is float:
         total[0] = before + part
@@ -145,6 +179,12 @@ cdef inline void accumulate(double* total, double* lost, floating part) noexcept
         corrected = part - lost[0]
         total[0] = before + corrected
         lost[0] = (total[0] - before) - corrected
+
+
+cdef inline void accumulate_any(double* total, double* lost, double part, floating compute) noexcept nogil:
+    # The same where a part may be infinite, which must not become NaN.
+    accumulate(total, lost, part, compute)
+    lost[0] = lost[0] if lost[0] == lost[0] else 0.0
 
 
 cdef void add_group(const floating* group, double* sums, double* lost) noexcept nogil:
@@ -157,7 +197,7 @@ cdef void add_group(const floating* group, double* sums, double* lost) noexcept 
     memcpy(d, sums, sizeof(d))
     memcpy(k, lost, sizeof(k))
     for l in range(LANES):
-        accumulate(&d[l], &k[l], s[l])
+        accumulate_any[floating](&d[l], &k[l], s[l], 0)
     memcpy(sums, d, sizeof(d))
     memcpy(lost, k, sizeof(k))
 
@@ -169,7 +209,7 @@ cdef void groups_max_sum(
     floating low, floating round_by,                          # in   of the row, see exp_parts
     floating* kept,                                           # out  NULL: not wanted
     floating* maximum,                                        # out  (LANES,)
-    double* sums, double* lost,               # in/out   (LANES,)  in memory: as local arrays gcc takes them apart into scalars
+    double* sums,                             # out  (LANES,)  in memory: a local array gcc takes apart into scalars
 ) noexcept nogil:
     # Every row takes the same branches, whatever its target.
     cdef const floating* source
@@ -182,11 +222,17 @@ cdef void groups_max_sum(
     cdef floating r[LANES]
     cdef floating m[LANES]
     cdef floating s[LANES]
+    cdef floating c[LANES]
     cdef floating e[LANES]
     for l in range(LANES):
         b[l] = low
         r[l] = round_by
         m[l] = -INFINITY
+        sums[l] = 0
+    if floating is double:
+        for l in range(LANES):
+            s[l] = 0
+            c[l] = 0
     for group in range(-1 if tail != NULL else 0, groups):
         i = group * (GROUP * LANES)
         source = instead if group == special else x + i
@@ -194,8 +240,9 @@ cdef void groups_max_sum(
         count = min(<Py_ssize_t>GROUP, strips - group * GROUP)
         if group < 0:
             source, to, count = tail, kept + tail_at, 1
-        for l in range(LANES):
-            s[l] = 0
+        if floating is float:
+            for l in range(LANES):
+                s[l] = 0
         for i in range(count):
             prefetch(source + i * LANES + AHEAD)
             for l in range(LANES):
@@ -203,15 +250,18 @@ cdef void groups_max_sum(
                 m[l] = v if v > m[l] else m[l]
                 significand = exp_parts(v, b[l], r[l], &power)
                 e[l] = significand * power
-                s[l] = plus_product(s[l], significand, power)
+                if floating is float:
+                    s[l] = plus_product(s[l], significand, power)
+                else:
+                    accumulate[floating](<double*>&s[l], <double*>&c[l], e[l], 0)
             if keep:
                 for l in range(LANES):
                     to[i * LANES + l] = e[l]
         if floating is float:
             for l in range(LANES):
                 sums[l] += s[l]
-        else:
-            add_group(s, sums, lost)
+    if floating is double:
+        memcpy(sums, s, sizeof(s))
     memcpy(maximum, m, sizeof(m))
 
 
@@ -227,7 +277,6 @@ cdef void row_max_sum(
     cdef floating end[LANES]
     cdef floating group[GROUP * LANES]
     cdef floating m[LANES]
-    cdef double lost[LANES]
     cdef int l
     if tail > 0:                               # first, because it keeps +0 where the last strip will keep what there is
         for l in range(LANES):
@@ -238,12 +287,7 @@ cdef void row_max_sum(
         size = min(<Py_ssize_t>(GROUP * LANES), whole - at)
         memcpy(group, x + at, size * sizeof(floating))
         group[left_out - at] = -INFINITY
-    for l in range(LANES):
-        sums[l] = 0
-        lost[l] = 0
-    groups_max_sum(
-        x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums, lost
-    )
+    groups_max_sum(x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums)
     for l in range(LANES):
         maximum[l] = m[l]
     if 0 <= left_out < whole + tail and x[left_out] > maximum[0]:
@@ -288,33 +332,43 @@ cdef void tile_add(
     cdef int j, i, l
     cdef floating s[LANES]
     cdef double d[LANES]
+    cdef double c[LANES]
     for j in range(min(count, <int>LANES)):
-        memcpy(s, exponentials + j * LANES, sizeof(s))
-        for i from j + LANES <= i < count by LANES:
-            for l in range(LANES):
-                s[l] += exponentials[i * LANES + l]
-        if first:
-            for l in range(LANES):
-                d[l] = s[l]
-            memcpy(sums + j * LANES, d, sizeof(d))
-        elif floating is float:
-            memcpy(d, sums + j * LANES, sizeof(d))
-            for l in range(LANES):
-                d[l] += s[l]
-            memcpy(sums + j * LANES, d, sizeof(d))
+        if floating is float:
+            memcpy(s, exponentials + j * LANES, sizeof(s))
+            for i from j + LANES <= i < count by LANES:
+                for l in range(LANES):
+                    s[l] += exponentials[i * LANES + l]
+            if first:
+                for l in range(LANES):
+                    d[l] = s[l]
+            else:
+                memcpy(d, sums + j * LANES, sizeof(d))
+                for l in range(LANES):
+                    d[l] += s[l]
         else:
-            add_group(s, sums + j * LANES, lost + j * LANES)
+            if first:
+                memset(d, 0, sizeof(d))
+                memset(c, 0, sizeof(c))
+            else:
+                memcpy(d, sums + j * LANES, sizeof(d))
+                memcpy(c, lost + j * LANES, sizeof(c))
+            for i from j <= i < count by LANES:
+                for l in range(LANES):
+                    accumulate[floating](&d[l], &c[l], exponentials[i * LANES + l], 0)
+            memcpy(lost + j * LANES, c, sizeof(c))
+        memcpy(sums + j * LANES, d, sizeof(d))
 
 
-cdef inline floating class_coefficient(floating w, floating q, floating keep, floating spread) noexcept nogil:
-    # w_c q'_c of SPEC S16 with q' = keep * q + spread. One place, so that sum and gradient round alike.
-    return w * (keep * q + spread)
+cdef inline floating class_coefficient(floating w, floating q, double keep, double spread) noexcept nogil:
+    # w_c q'_c of SPEC S16 with q' = keep * q + spread, rounded once. One place, so that sum and gradient round alike.
+    return <floating>(w * (keep * q + spread))
 
 
 cdef void lanes_coefficients(
     const floating* weight, Py_ssize_t weight_stride, bint weight_across,  # in   NULL: 1. across: one class for all lanes
     const floating* soft, Py_ssize_t soft_stride,             # in   NULL: q' = 1
-    floating keep, floating spread,
+    double keep, double spread,
     Py_ssize_t count,
     floating* coefficients,                                   # out  (count, LANES)  w q'
 ) noexcept nogil:
@@ -350,7 +404,6 @@ cdef void lanes_coefficients(
 cdef void lanes_class_term(
     const floating* x, Py_ssize_t stride, Py_ssize_t count,   # in   (count, LANES), whole groups but for the last
     const floating* coefficients,                             # in   (count, LANES)  NULL: 1
-    bint soft,                                                # in   class probabilities: 0 log 0 = 0
     int skip,                                                 # in   so many lanes count for nothing; 0 unless count is 1
     const double* reference,                                  # in   the maximum of each lane's row
     double* term,                                             # in/out   sum of w q' (reference - x)
@@ -358,12 +411,15 @@ cdef void lanes_class_term(
 ) noexcept nogil:
     cdef Py_ssize_t i = 0, end
     cdef int l
-    cdef floating v
     cdef floating m[LANES]
     cdef floating t[LANES]
     cdef floating s[LANES]
+    cdef double lost_term[LANES]
+    cdef double lost_mass[LANES]
     for l in range(LANES):
         m[l] = <floating>reference[l]
+        lost_term[l] = 0
+        lost_mass[l] = 0
     while i < count:
         end = min(i + <Py_ssize_t>GROUP, count)
         for l in range(LANES):
@@ -376,13 +432,6 @@ cdef void lanes_class_term(
                 for l in range(LANES):
                     t[l] += m[l] - x[i * stride + l]
                 i += 1
-        elif soft:
-            while i < end:
-                for l in range(LANES):
-                    v = coefficients[i * LANES + l] * (m[l] - x[i * stride + l])
-                    t[l] += 0 if coefficients[i * LANES + l] == 0 else v
-                    s[l] += coefficients[i * LANES + l]
-                i += 1
         else:
             while i < end:
                 for l in range(LANES):
@@ -392,10 +441,38 @@ cdef void lanes_class_term(
         for l in range(skip):
             t[l] = 0
             s[l] = 0
+        add_group(t, term, lost_term)
+        add_group(s, mass, lost_mass)
+
+
+cdef void lanes_soft_term(
+    const floating* x, Py_ssize_t stride, Py_ssize_t count, const floating* coefficients, int skip,
+    const double* reference, double* term, double* mass,      # as above, for class probabilities: 0 log 0 = 0
+) noexcept nogil:
+    # In double from the start: one probability near 1 must not cost the others their digits.
+    cdef Py_ssize_t i
+    cdef int l
+    cdef double v, product
+    cdef double m[LANES]
+    cdef double t[LANES]
+    cdef double s[LANES]
+    cdef double lost_term[LANES]
+    cdef double lost_mass[LANES]
+    for l in range(LANES):
+        m[l] = reference[l]
+        t[l] = term[l]
+        s[l] = mass[l]
+        lost_term[l] = 0
+        lost_mass[l] = 0
+    for i in range(count):
         for l in range(LANES):
-            term[l] += t[l]
-        for l in range(LANES):
-            mass[l] += s[l]
+            v = coefficients[i * LANES + l] if l >= skip else 0.0
+            product = v * (m[l] - x[i * stride + l])
+            product = 0.0 if v == 0 else product
+            accumulate_any[floating](&t[l], &lost_term[l], product, 0)
+            accumulate_any[floating](&s[l], &lost_mass[l], v, 0)
+    memcpy(term, t, sizeof(t))
+    memcpy(mass, s, sizeof(s))
 
 
 cdef void lanes_dot(
@@ -481,7 +558,7 @@ cdef void lanes_minus(
     else:
         for i in range(count):
             for l in range(LANES):
-                grad[i * grad_stride + l] -= u[l] * coefficients[i * LANES + l]
+                grad[i * grad_stride + l] = plus_product(grad[i * grad_stride + l], -u[l], coefficients[i * LANES + l])
 
 
 cdef void lanes_clear(

@@ -3,15 +3,14 @@
 
 cdef struct RowLoss:
     double loss
-    double scale                  # of e^(x - maximum) in the gradient: A of SPEC S31 over the total
+    double scale                  # of the exponentials in the gradient: A of SPEC S31 over the sum of all of them
     double unit                   # of w_c q'_c in the gradient
-    double at_excluded            # the gradient of the class left out of `others`
+    double at_excluded            # the gradient of the class left out
 
 
 cdef inline RowLoss loss_of_row(
-    double maximum, double others,            # in   of the row
-    double excluded_exp,                      # in   e^(x - maximum) of the class left out
-    double log_total,                         # in   log(others + excluded_exp)
+    double maximum, double total, double of_excluded,   # in   of the row, see Block
+    double log_total,                         # in   log of the sum of e^(x - maximum)
     double hard, double nll,                  # in   (1 - label_smoothing) w_y, and lse - target logit; soft targets: 0, 0
     double spread,                            # in   label_smoothing / classes; soft targets: 1
     double term, double mass,                 # in   sums of w q' (maximum - x) and of w q'
@@ -22,25 +21,29 @@ cdef inline RowLoss loss_of_row(
     # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the entry of one class. No branches,
     # so that a loop over rows is vectorised.
     cdef RowLoss row
-    cdef double per_total = 1.0 / (others + excluded_exp)
-    cdef double share = others * per_total
+    cdef double per_all = 1.0 / (total + of_excluded)
+    cdef double share = total * per_all
     cdef double lse = maximum + log_total
     cdef double a = (hard + spread * mass) + (2.0 * z_loss * lse if z_loss != 0 else 0.0)
     cdef double at_excluded = hard + spread * excluded_mass
     cdef double loss = hard * nll + (spread * (term + mass * log_total) if spread != 0 else 0.0)
     # A p - K for the class left out; from the others' share where p is near 1.
-    cdef double small = a * (excluded_exp * per_total) - at_excluded
+    cdef double small = a * (of_excluded * per_all) - at_excluded
     cdef double large = (a - at_excluded) - a * share
     row.loss = sample * (loss + (z_loss * lse * lse if z_loss != 0 else 0.0))
     row.at_excluded = g * (small if share > 0.5 else large)
-    row.scale = g * a * per_total
+    row.scale = g * a / (total + of_excluded)
     row.unit = g * spread
     return row
 
 
+cdef inline double log_total_of(const Block* b, int l) noexcept nogil:
+    # log of the sum of e^(x - maximum): log1p(total / of_max) where the maximum is left out, without losing a digit.
+    return log1p_of_sum(b.total[l] / b.of_max[l] + (b.of_excluded[l] / b.of_max[l] - 1.0))
+
+
 cdef void block_loss(
     Block* b,
-    const double* at_excluded_logit,          # in   the logit of the class left out, less the maximum
     const double* hard, const double* excluded_mass, const double* sample, const double* g,
 ) noexcept nogil:
     # loss_of_row for each lane, in loops that the compiler vectorises.
@@ -48,18 +51,15 @@ cdef void block_loss(
     cdef double spread = p.label_smoothing / p.classes if p.target != NULL else 1.0
     cdef double nll_counts = 1.0 if p.target != NULL else 0.0
     cdef double z_loss = p.z_loss
-    cdef double excluded_exp[ROWS]
     cdef double log_total[ROWS]
     cdef RowLoss row
     cdef int l
     for l in range(b.lanes):
-        excluded_exp[l] = exp_below_zero(at_excluded_logit[l])
-    for l in range(b.lanes):
-        log_total[l] = log1p_of_sum(b.others[l] + (excluded_exp[l] - 1.0))
+        log_total[l] = log_total_of(b, l)
     for l in range(b.lanes):
         row = loss_of_row(
-            b.maximum[l] + b.base[l], b.others[l], excluded_exp[l], log_total[l], hard[l],
-            log_total[l] - at_excluded_logit[l] if nll_counts != 0 else 0.0, spread,
+            b.maximum[l] + b.base[l], b.total[l], b.of_excluded[l], log_total[l], hard[l],
+            log_total[l] - b.at_excluded_logit[l] if nll_counts != 0 else 0.0, spread,
             b.term[l], b.mass[l], excluded_mass[l], z_loss, sample[l], g[l],
         )
         b.loss[l] = row.loss
@@ -72,7 +72,6 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     cdef const Problem* p = b.problem
     cdef const floating* weight = <const floating*>p.weight
     cdef bint soft = p.target == NULL
-    cdef double at_excluded_logit[ROWS]
     cdef double excluded_mass[ROWS]
     cdef double hard[ROWS]
     cdef double sample[ROWS]
@@ -92,7 +91,6 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     for l in range(b.lanes):
         sample[l] = 1
         excluded_mass[l] = 1
-        at_excluded_logit[l] = 0
         b.term[l] = 0
         b.mass[l] = 0
     if p.sample_weight != NULL:
@@ -103,14 +101,6 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     if p.grad_output != NULL:
         for l in range(b.rows):
             g[l] *= p.grad_output[b.position + l]
-    if soft:
-        for l in range(b.rows):
-            if b.others[l] < CONFIDENT_BELOW:
-                b.excluded[l] = position_of[floating](b, l, <floating>b.maximum[l])
-    for l in range(b.rows):
-        if b.excluded[l] >= 0:
-            c = <Py_ssize_t>b.excluded[l]
-            at_excluded_logit[l] = <double>entry[floating](b, b.x, b.next_x, b.work.stride, l, c, 0)[0] - b.maximum[l]
     if weight != NULL:
         for l in range(b.rows):
             if b.excluded[l] >= 0:
@@ -122,13 +112,13 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
                 excluded_mass[l] = class_coefficient(
                     <floating>excluded_mass[l],
                     entry[floating](b, b.other, b.next_other, b.work.other_stride, l, c, 0)[0],
-                    <floating>b.work.keep, <floating>b.work.spread,
+                    b.work.keep, b.work.spread,
                 )
     for l in range(b.lanes):
         hard[l] = 0.0 if soft else (1.0 - p.label_smoothing) * excluded_mass[l]
     if b.work.has_class_term:
         block_sum[floating](b, CLASS_TERM, b.excluded, b.dead, False, b.term, b.mass, 0)
-    block_loss(b, at_excluded_logit, hard, excluded_mass, sample, g)
+    block_loss(b, hard, excluded_mass, sample, g)
     if p.loss != NULL:
         for l in range(b.rows):
             p.loss[b.position + l] = 0.0 if b.dead[l] != 0 else b.loss[l]
@@ -148,8 +138,8 @@ cdef void block_softmax(Block* b, floating compute) noexcept nogil:
     b.work.weight = NULL
     block_state[floating](b, logarithm, 0)
     for l in range(b.lanes):
-        b.scale[l] = 1.0 / (1.0 + b.others[l])
-        b.unit[l] = log1p_of_sum(b.others[l])
+        b.scale[l] = 1.0 / (b.total[l] + b.of_excluded[l])
+        b.unit[l] = log_total_of(b, l)
     if logarithm:
         block_entries[floating](b, LOG_SOFTMAX, b.exponent, b.exponent, b.maximum, b.scale, b.unit, 0)
     else:

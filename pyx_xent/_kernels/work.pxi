@@ -26,7 +26,7 @@ cdef inline void combine(
         first[0] = part if part > first[0] else first[0]
     else:
         first[0] += part
-    accumulate(second, lost, part_2)
+    accumulate(second, lost, part_2, compute)
 
 
 cdef void row_segment(
@@ -67,7 +67,6 @@ cdef const floating* coefficients_of(
     # Of strips from class `first` on (across: of every step-th class); NULL if they are all 1.
     cdef const floating* weight = <const floating*>work.weight
     cdef const floating* soft = <const floating*>work.other
-    cdef floating keep = <floating>work.keep, spread = <floating>work.spread
     if weight == NULL and soft == NULL:
         return NULL
     if weight != NULL:
@@ -75,11 +74,11 @@ cdef const floating* coefficients_of(
     if work.across:
         if soft != NULL:
             soft += first * work.other_stride
-        lanes_coefficients(weight, step, True, soft, step * work.other_stride, keep, spread, count, buffer)
+        lanes_coefficients(weight, step, True, soft, step * work.other_stride, work.keep, work.spread, count, buffer)
     else:
         if soft != NULL:
             soft += first
-        lanes_coefficients(weight, LANES, False, soft, LANES, keep, spread, count, buffer)
+        lanes_coefficients(weight, LANES, False, soft, LANES, work.keep, work.spread, count, buffer)
     return buffer
 
 
@@ -97,9 +96,10 @@ cdef void class_term(
     while done < count:
         piece = min(<Py_ssize_t>PIECE, count - done)
         coefficients = coefficients_of(work, first + done * classes, step, piece, buffer)
-        lanes_class_term(
-            x + done * stride, stride, piece, coefficients, work.other != NULL, skip, work.reference, term, mass
-        )
+        if work.other != NULL:
+            lanes_soft_term(x + done * stride, stride, piece, coefficients, skip, work.reference, term, mass)
+        else:
+            lanes_class_term(x + done * stride, stride, piece, coefficients, skip, work.reference, term, mass)
         done += piece
 
 
@@ -142,7 +142,7 @@ cdef void tile_segment(
             tile_add(exponentials, count, group == 0 and tail == 0 or strips == 0, b + j, a + j)
         for l in range(LANES):
             first[l] = maximum[l]
-        fold_tile(b, residues, second)
+        fold_tile[floating](b, residues, second, 0)
         return
     memset(a, 0, residues * LANES * sizeof(double))
     memset(b, 0, residues * LANES * sizeof(double))
@@ -151,8 +151,8 @@ cdef void tile_segment(
     for j in range(tail):
         l = (offset + j) * LANES
         tile_residue[floating](work, kind, start + whole + j, 1, a + l, b + l, 0)
-    fold_tile(a, residues, first)
-    fold_tile(b, residues, second)
+    fold_tile[floating](a, residues, first, 0)
+    fold_tile[floating](b, residues, second, 0)
 
 
 cdef inline void tile_residue(
@@ -170,10 +170,10 @@ cdef inline void tile_residue(
         )
 
 
-cdef inline void fold_segment(Sum kind, double* first, double* second) noexcept nogil:
+cdef inline void fold_segment(Sum kind, double* first, double* second, floating compute) noexcept nogil:
     # in   (LANES,)   out  (1,)
-    first[0] = fold_max(first) if kind == MAX_SUM else fold_sum(first)
-    second[0] = fold_sum(second)
+    first[0] = fold_max(first) if kind == MAX_SUM else fold_sum[floating](first, 0)
+    second[0] = fold_sum[floating](second, 0)
 
 
 cdef struct RowSum:
@@ -201,7 +201,7 @@ cdef void row_sum(const Work* work, Sum kind, const Problem* p, RowSum* row, flo
         return
     for segment in range(last):
         row_segment[floating](work, kind, segment, first, second, 0)
-        fold_segment(kind, first, second)
+        fold_segment[floating](kind, first, second, 0)
         combine[floating](kind, first[0], second[0], &row.first, &row.second, &row.lost, 0)
     row_segment[floating](work, kind, last, row.last_first, row.last_second, 0)
 
@@ -215,12 +215,12 @@ cdef void shared_segment(
         row_segment[floating](work, kind, segment, row.last_first, row.last_second, 0)
         return
     row_segment[floating](work, kind, segment, first, second, 0)
-    fold_segment(kind, first, second)
+    fold_segment[floating](kind, first, second, 0)
     part[0], part[1] = first[0], second[0]
 
 
 cdef inline void fold_row(Sum kind, RowSum* row, double* first, double* second, floating compute) noexcept nogil:
-    fold_segment(kind, row.last_first, row.last_second)
+    fold_segment[floating](kind, row.last_first, row.last_second, 0)
     combine[floating](kind, row.last_first[0], row.last_second[0], &row.first, &row.second, &row.lost, 0)
     first[0] = row.first
     second[0] = row.second
