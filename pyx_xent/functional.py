@@ -44,7 +44,7 @@ def cross_entropy(
 
     Parameters
     ----------
-    logits : array_like of float32 or float64, shape (C,), (N, C) or (N, C, d1, ..., dk)
+    logits : array_like of float32, float64, float16 or bfloat16, shape (C,), (N, C) or (N, C, d1, ..., dk)
         Unnormalised log-probabilities x. Any strides and memory order.
     target : array_like
         Class indices of any integer dtype, shape (), (N,) or (N, d1, ..., dk). Or class probabilities of a floating dtype,
@@ -180,7 +180,7 @@ def nll_loss(log_probs, target, weight=None, *, ignore_index=-100, reduction="me
 
     Parameters
     ----------
-    log_probs : array_like of float32 or float64, shape (C,), (N, C) or (N, C, d1, ..., dk)
+    log_probs : array_like of float32, float64, float16 or bfloat16, shape (C,), (N, C) or (N, C, d1, ..., dk)
         Log-probabilities ℓ, used as they are.
     target, weight, ignore_index, reduction, axis, out, num_threads
         As for `cross_entropy`, class indices only.
@@ -262,7 +262,7 @@ def softmax(x, axis=-1, *, out=None, num_threads=None):
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float32, float64, float16 or bfloat16 (that of ml_dtypes)
         Any shape, strides and memory order.
     axis : int
         The axis whose entries sum to 1.
@@ -313,7 +313,7 @@ def softmax_backward(grad_output, output, axis=-1, *, out=None, num_threads=None
 
     Parameters
     ----------
-    grad_output, output : array_like of float32 or float64
+    grad_output, output : array_like of float32, float64, float16 or bfloat16
         g and y, of the same shape and dtype.
     axis, out, num_threads
         As for `softmax`.

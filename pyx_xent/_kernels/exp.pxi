@@ -161,23 +161,11 @@ cdef inline floating plus_product(floating total, floating a, floating b) noexce
         return fma64(a, b, total)
 
 
-cdef inline floating plus_exp_shifted(floating total, floating x, floating low, floating round_by) noexcept nogil:
-    cdef floating power
-    cdef floating significand = exp_parts(x, low, round_by, &power)
-    # The bits of total + exp_shifted(): multiplying with a power of two rounds nothing.
-    return plus_product(total, significand, power)
-
-
 cdef inline double exp_in_double(double x, double exponent, double room, floating compute) noexcept nogil:
     # The row's exponential of x in double. The float one takes n times a rounded ln2 away, nearly the same n in a whole row.
     if floating is float:
         x = x + exponent_of(x) * LN2_ERROR_32
     return exp_shifted[double](x, lowest[double](exponent, room, 0.0), rounder[double](exponent, room, 0.0))
-
-
-cdef inline double exp_below_zero(double x) noexcept nogil:
-    # e^x for x <= 0; +0 below -708.
-    return exp_shifted[double](x, -1023.0 * LN2, ROUNDER + 1023.0)
 
 
 cdef inline double log1p_of_sum(double u) noexcept nogil:

@@ -251,9 +251,12 @@ cdef void groups_max_sum(
                 significand = exp_parts(v, b[l], r[l], &power)
                 e[l] = significand * power
                 if floating is float:
-                    s[l] = plus_product(s[l], significand, power)
+                    s[l] = plus_product(s[l], significand, power)      # as s + e, the power of two rounds nothing
                 else:
-                    accumulate[floating](<double*>&s[l], <double*>&c[l], e[l], 0)
+                    v = e[l] - c[l]            # accumulate(), which would keep s and c in memory
+                    power = s[l] + v
+                    c[l] = (power - s[l]) - v
+                    s[l] = power
             if keep:
                 for l in range(LANES):
                     to[i * LANES + l] = e[l]
