@@ -37,6 +37,9 @@ from pyx_xent._problem cimport (
     Storage,
 )
 
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_Scalar(void* data, cnp.dtype dtype, void* base)
+
 cnp.import_array()
 
 cdef int NONE = 0, MEAN = 1, SUM = 2
@@ -129,6 +132,13 @@ cdef object native_dtype(cnp.ndarray array):
     if kind == cnp.NPY_FLOAT32:
         return float32
     return float64 if kind == cnp.NPY_FLOAT64 else array.dtype.newbyteorder("=")
+
+
+cdef object promoted(object first, object second):
+    # As PyTorch promotes: to the larger floating dtype, and float16 with bfloat16 to float32. Native dtypes only.
+    if first == second:
+        return first
+    return float64 if first is float64 or second is float64 else float32
 
 
 cdef int checked_reduction(object reduction) except -1:
@@ -336,6 +346,36 @@ cdef cnp.ndarray checked_output(object out, str name, tuple shape, object dtype,
     return array
 
 
+# Results. NumPy's own casts would warn of a loss beyond the range of its dtype, or raise, when the gradient is written already.
+
+cdef cnp.ndarray rounded(cnp.ndarray values, object dtype):
+    # in   values (n,)   float64
+    cdef const double* value = <const double*>cnp.PyArray_DATA(values)
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(values), i
+    cdef cnp.ndarray result
+    cdef float* single
+    if dtype is float64:
+        return values
+    if dtype is float32:
+        result = new_array(n, cnp.NPY_FLOAT32)
+        single = <float*>cnp.PyArray_DATA(result)
+        for i in range(n):
+            single[i] = <float>value[i]
+        return result
+    with np.errstate(all="ignore"):
+        return values.astype(dtype)
+
+
+cdef object rounded_scalar(double value, object dtype):
+    cdef float single = <float>value
+    if dtype is float32:
+        return PyArray_Scalar(&single, dtype, NULL)
+    if dtype is float64:
+        return PyArray_Scalar(&value, dtype, NULL)
+    with np.errstate(all="ignore"):
+        return np.float64(value).astype(dtype)
+
+
 # The call
 
 cdef class Call:
@@ -348,11 +388,11 @@ cdef class Call:
         cdef double sums[8]
         cdef double total
         if self.reduction == NONE:
-            result = self.loss_array.reshape(self.loss_shape)
+            result = rounded(self.loss_array, self.loss_dtype).reshape(self.loss_shape)
             if self.loss_out is not None:
-                np.copyto(self.loss_out, result, casting="unsafe")
+                np.copyto(self.loss_out, result)
                 return self.loss_out
-            return result.astype(self.loss_dtype, copy=False)[()]
+            return result[()]
         # Eight sums in a fixed order: as fast as memory, and the same whatever the threads and the layout were.
         for i in range(8):
             sums[i] = 0.0
@@ -361,10 +401,11 @@ cdef class Call:
         total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]))
         if self.reduction == MEAN:
             total = self.empty_value if self.nothing_to_average else total / self.divisor
+        result = rounded_scalar(total, self.loss_dtype)
         if self.loss_out is not None:
-            self.loss_out[...] = total
+            self.loss_out[...] = result
             return self.loss_out
-        return self.loss_dtype.type(total)
+        return result
 
     def gradient(self):
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""
@@ -530,9 +571,10 @@ def cross_entropy(
         if ignored >= 0:
             raise ValueError("ignore_index is not supported for floating point target")
         call.loss_shape = shape_without(shape, call.axis)
-        call.loss_dtype = np.result_type(dtype, y.dtype, *(() if weights is None else (weights.dtype,)))
-        if storage_of(y) < 0 or storage_of(np.empty(0, call.loss_dtype)) < 0:
-            raise TypeError(f"logits, target and weight must promote to float32 or float64, got {call.loss_dtype}")
+        for other in (y,) if weights is None or weights.dtype.kind in "iub" else (y, weights):
+            if storage_of(other) < 0:
+                raise TypeError(f"logits, target and weight must promote to float32 or float64, got {other.dtype}")
+            call.loss_dtype = promoted(call.loss_dtype, native_dtype(other))
     else:
         check_target_shape(target_shape, shape, call.axis, axis is not None)
         call.loss_shape = shape_without(shape, call.axis)
@@ -566,7 +608,7 @@ def cross_entropy(
         if grad_out is not None:
             checked_output(grad_out, "grad_out", shape, dtype, inputs, logits_name)
 
-    p.is_double = call.loss_dtype == float64
+    p.is_double = call.loss_dtype is float64
     if weights is not None:
         array = np.array(weights, float64 if p.is_double else float32, order="C")
         p.weight = cnp.PyArray_DATA(array)
