@@ -450,6 +450,8 @@ cdef object rounded_scalar(double value, object dtype):
         return PyArray_Scalar(&single, dtype, NULL)
     if dtype is float64:
         return PyArray_Scalar(&value, dtype, NULL)
+    if -65504.0 <= value <= 65504.0:              # float16's largest: no half overflows
+        return dtype.type(value)
     with np.errstate(all="ignore"):
         return np.float64(value).astype(dtype)
 

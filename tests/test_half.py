@@ -170,6 +170,21 @@ def test_a_loss_that_is_too_large_is_infinite_without_a_warning(isa, reduction):
     assert np.isinf(out).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-8, 1e-30, 2049.0, 65504.0, 7e4, 1e30, 3e38, 3.4e38, 1e300])
+def test_a_loss_of_any_size_is_rounded_without_a_warning(isa, half, value):
+    logits, out = np.zeros((2, 2), half), np.empty((), half)
+    options = {"sample_weight": np.full(2, value / np.log(4)), "reduction": "sum", "grad_output": 0.0}
+    with np.errstate(all="raise"):
+        loss, _ = px.cross_entropy_with_grad(logits, [0, 0], out=out, **options)
+        fresh, _ = px.cross_entropy_with_grad(logits, [0, 0], **options)
+    assert loss is out
+    assert same_bits(out[()], fresh)
+    if np.isfinite(rounded(value, half)):
+        assert_within_one_ulp(out, np.float64(value), half)
+    else:
+        assert np.isinf(out.astype(np.float32))
+
+
 # dtypes
 
 
