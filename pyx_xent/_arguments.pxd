@@ -1,25 +1,32 @@
 from pyx_xent._problem cimport Problem
 
+cdef enum:
+    SMALL_SCRATCH = 3072          # numbers; a scratch up to this size is on the stack of run(), and problem.scratch is NULL
+
 
 cdef class Call:
     cdef Problem problem
-    # Every array that the problem points into is kept here.
-    cdef object read_logits       # the arrays behind problem.logits and problem.soft
-    cdef object read_soft
-    cdef tuple memory             # weight, sample_weight, state
-    cdef object grad_output       # (positions,) float64
+    # The arrays that the problem points into:
+    cdef object read_logits       # logits, or a copy that a kernel can read
+    cdef object read_soft         # class probabilities, or a copy; None with class indices
+    cdef object target            # (rows,) int64, ignored ones are -1; None with class probabilities
+    cdef object weight
+    cdef object sample_weight     # (rows,) float64
+    cdef object grad_output       # (rows,) float64
+    cdef object state             # (2, rows) float64
     cdef object scratch
     cdef object parts
-    cdef object output             # softmax, gradients: the array the caller gets
-    cdef object computed          # where the kernels write it, if elsewhere (layout or dtype)
-    cdef object loss_array        # (positions,) float64
+    cdef object loss_array        # (rows,) float64
+    cdef object computed          # where the kernels write softmax or a gradient: `output`, or a temporary of another layout
+    # What comes of them:
+    cdef object output            # the array the caller gets
     cdef object loss_out
     cdef object loss_dtype
-    cdef tuple loss_shape         # of reduction "none"
+    cdef object logits            # as the caller gave it: a gradient is laid out like it
+    cdef int axis
+    cdef Py_ssize_t rows
+    cdef Py_ssize_t classes
     cdef int reduction
     cdef double divisor           # of the mean
     cdef bint nothing_to_average
     cdef double empty_value
-    cdef object logits            # as the caller gave it, for a later gradient
-    cdef object target            # (positions,) int64, ignored ones are -1; None with soft targets
-    cdef int axis

@@ -13,7 +13,7 @@ from . import _threads
 
 cimport numpy as cnp
 from libc.math cimport INFINITY, NAN
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
 from pyx_xent._problem cimport (
@@ -37,6 +37,9 @@ from pyx_xent._problem cimport (
     Storage,
 )
 
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_Scalar(void* data, cnp.dtype dtype, void* base)
+
 cnp.import_array()
 
 cdef int NONE = 0, MEAN = 1, SUM = 2
@@ -51,6 +54,7 @@ cdef object LARGEST_INT64 = np.uint64(2**63 - 1)
 cdef Py_ssize_t STREAM_BYTES = 1 << 25
 # So many classes of a row are worth waking threads for.
 cdef Py_ssize_t CLASSES_WORTH_SHARING = 4 * SEGMENT
+cdef Py_ssize_t LABELS_AT_ONCE = 512
 
 
 cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
@@ -131,6 +135,13 @@ cdef object native_dtype(cnp.ndarray array):
     return float64 if kind == cnp.NPY_FLOAT64 else array.dtype.newbyteorder("=")
 
 
+cdef object promoted(object first, object second):
+    # As PyTorch promotes: to the larger floating dtype, and float16 with bfloat16 to float32. Native dtypes only.
+    if first == second:
+        return first
+    return float64 if first is float64 or second is float64 else float32
+
+
 cdef int checked_reduction(object reduction) except -1:
     cdef object found = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if found is None:
@@ -145,14 +156,13 @@ cdef double checked_smoothing(object label_smoothing) except -1.0:
     return smoothing
 
 
-cdef object checked_weight(object weight, Py_ssize_t classes):
-    cdef cnp.ndarray array = as_real(weight, "weight")
-    if array.ndim != 1 or cnp.PyArray_DIM(array, 0) != classes:
+cdef int check_weight(cnp.ndarray weight, Py_ssize_t classes) except -1:
+    if cnp.PyArray_NDIM(weight) != 1 or cnp.PyArray_DIM(weight, 0) != classes:
         raise ValueError(
             f"weight tensor should be defined either for all {classes} classes or no classes "
-            f"but got weight tensor of shape: {(<object>array).shape}"
+            f"but got weight tensor of shape: {(<object>weight).shape}"
         )
-    return array
+    return 0
 
 
 cdef int threads_for(object num_threads, Py_ssize_t elements) except -1:
@@ -163,25 +173,53 @@ cdef int threads_for(object num_threads, Py_ssize_t elements) except -1:
 
 # Targets
 
+cdef bint has_shape(cnp.ndarray array, tuple shape) except -1:
+    cdef Py_ssize_t k
+    if cnp.PyArray_NDIM(array) != len(shape):
+        return False
+    for k in range(len(shape)):
+        if cnp.PyArray_DIM(array, k) != <Py_ssize_t>shape[k]:
+            return False
+    return True
+
+
 cdef tuple shape_without(tuple shape, int axis):
     return shape[:axis] + shape[axis + 1:]
 
 
-cdef int check_target_shape(tuple shape, tuple logits_shape, int axis, bint axis_given) except -1:
-    cdef tuple expected = shape_without(logits_shape, axis)
-    if shape == expected or (len(logits_shape) == 1 and shape == (1,)):
+cdef Py_ssize_t rows_of(cnp.ndarray array, int axis) noexcept:
+    cdef Py_ssize_t rows = 1
+    cdef int k
+    for k in range(cnp.PyArray_NDIM(array)):
+        if k != axis:
+            rows *= cnp.PyArray_DIM(array, k)
+    return rows
+
+
+cdef bint is_one_per_row(cnp.ndarray array, cnp.ndarray logits, int axis) noexcept:
+    # Has it the shape of the logits without the class axis?
+    cdef int k
+    if cnp.PyArray_NDIM(array) != cnp.PyArray_NDIM(logits) - 1:
+        return False
+    for k in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, k) != cnp.PyArray_DIM(logits, k + 1 if k >= axis else k):
+            return False
+    return True
+
+
+cdef int check_target_shape(cnp.ndarray target, cnp.ndarray logits, int axis, bint axis_given) except -1:
+    cdef tuple shape, logits_shape, expected
+    if is_one_per_row(target, logits, axis):
         return 0
+    shape, logits_shape = (<object>target).shape, (<object>logits).shape
+    if len(logits_shape) == 1 and shape == (1,):
+        return 0
+    expected = shape_without(logits_shape, axis)
     if not axis_given and shape == logits_shape[:-1]:
         raise ValueError(f"Expected target size {expected}, got {shape}: class axis is 1; pass axis=-1 if it is the last")
     if not axis_given and expected and shape and shape[0] != expected[0]:
         raise ValueError(f"Expected input batch_size ({expected[0]}) to match target batch_size ({shape[0]}).")
     raise ValueError(f"Expected target size {expected}, got {shape}")
-
-
-cdef class Labels:
-    """A private copy of the class indices, checked; ignored ones are -1."""
-    cdef cnp.ndarray array
-    cdef Py_ssize_t live
 
 
 cdef int64_t checked_ignore_index(object ignore_index) except? -1:
@@ -193,54 +231,85 @@ cdef int64_t checked_ignore_index(object ignore_index) except? -1:
         raise ValueError(f"ignore_index must fit into 64 bits, got {ignore_index}") from None
 
 
-cdef Labels checked_labels(cnp.ndarray target, Py_ssize_t classes, int64_t ignored):
+cdef inline uint64_t is_not(uint64_t a, uint64_t b) noexcept nogil:
+    # 1 or 0, without a branch
+    return ((a ^ b) | (0 - (a ^ b))) >> 63
+
+
+cdef Py_ssize_t copy_labels(
+    const int64_t* target, Py_ssize_t n, Py_ssize_t classes, int64_t ignored,
+    int64_t* label,                           # out  (n,)  the copy; may be `target`
+    Py_ssize_t* live,                         # out  how many are neither ignored nor bad
+) noexcept nogil:
+    # -> how many are bad. Without a branch, so in vectors: on uint64, where a difference wraps and its top bit is its sign.
+    cdef uint64_t y, valid, other, lives = 0, others = 0
+    cdef Py_ssize_t first, i, size
+    for first from 0 <= first < n by LABELS_AT_ONCE:         # checked while they are in the nearest cache
+        size = min(LABELS_AT_ONCE, n - first)
+        if label != target:
+            memcpy(label + first, target + first, size * sizeof(int64_t))
+        for i in range(first, first + size):
+            y = <uint64_t>label[i]
+            valid = (~y & (y - <uint64_t>classes)) >> 63     # 1 if 0 <= y < classes
+            other = is_not(y, <uint64_t>ignored)
+            lives += valid & other
+            others += other
+    live[0] = <Py_ssize_t>lives
+    return <Py_ssize_t>(others - lives)
+
+
+cdef Py_ssize_t checked_labels(Call call, cnp.ndarray target, Py_ssize_t classes, int64_t ignored) except -1:
+    # Puts a private copy of the class indices, checked, into `call`; -> how many are not ignored.
     # in   target      any shape, any integer dtype; read exactly once
-    cdef Labels labels = Labels()
-    cdef cnp.ndarray original = target, flat
+    cdef cnp.ndarray flat
+    cdef object exact = None                      # the labels, where int64 cannot hold them
+    cdef const int64_t* read
     cdef int64_t* label
-    cdef Py_ssize_t n, i, bad = -1
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(target), i, live = 0
     if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
         raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
-    if cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8:
-        original = np.array(target, uint64, order="C")
-        flat = original.astype(int64).reshape(-1)
+    if cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
+        flat = new_array(n, cnp.NPY_INT64)
+        read = <const int64_t*>cnp.PyArray_DATA(target)
+    elif cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8:
+        exact = np.array(target, uint64, order="C").reshape(-1)
+        flat = exact.astype(int64)
         # What int64 cannot hold is neither valid nor ignore_index; a label that is neither stands in for it.
-        flat[original.reshape(-1) > LARGEST_INT64] = classes if ignored != classes else classes + 1
-    elif cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
-        flat = original = new_array(cnp.PyArray_SIZE(target), cnp.NPY_INT64)
-        memcpy(cnp.PyArray_DATA(flat), cnp.PyArray_DATA(target), cnp.PyArray_NBYTES(target))
+        flat[exact > LARGEST_INT64] = classes if ignored != classes else classes + 1
+        read = <const int64_t*>cnp.PyArray_DATA(flat)
     else:
-        flat = original = np.array(target, int64, order="C").reshape(-1)
+        flat = np.array(target, int64, order="C").reshape(-1)
+        read = <const int64_t*>cnp.PyArray_DATA(flat)
     n = cnp.PyArray_SIZE(flat)
     label = <int64_t*>cnp.PyArray_DATA(flat)
-    for i in range(n):
-        if label[i] == ignored:
-            label[i] = -1
-        elif 0 <= label[i] < classes:
-            labels.live += 1
-        else:
-            bad = i
-            break
-    if bad >= 0:
-        indices = ", ".join(str(k) for k in np.unravel_index(bad, (<object>target).shape)) if target.ndim else None
+    if copy_labels(read, n, classes, ignored, label, &live) > 0:
+        for i in range(n):
+            if label[i] != ignored and not 0 <= label[i] < classes:
+                break
+        indices = ", ".join(str(k) for k in np.unravel_index(i, (<object>target).shape)) if target.ndim else None
         where = "target" if indices is None else f"target[{indices}]"
         raise IndexError(
-            f"Target {int(original.reshape(-1)[bad])} is out of bounds. ({where}; "
+            f"Target {int((flat if exact is None else exact)[i])} is out of bounds. ({where}; "
             f"valid range is [0, {classes}) or ignore_index={ignored})"
         )
-    labels.array = flat
-    return labels
+    if live < n:
+        for i in range(n):
+            label[i] = <int64_t>(<uint64_t>label[i] | (is_not(<uint64_t>label[i], <uint64_t>ignored) - 1))
+    call.target = flat
+    call.problem.target = label
+    return live
 
 
 # Memory
 
 cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except -1:
-    # Sees the array as (outer, classes, inner) with one stride each; False if its strides do not allow it.
+    # Sees the array as (outer, classes, inner) with one stride each; False if its memory does not allow it.
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(array)
     cdef Py_ssize_t stride, expected
     cdef int k, part, first, last
     cdef Py_ssize_t found[2]
-    if not cnp.PyArray_ISBEHAVED_RO(array):
+    cdef int storage = storage_of(array)
+    if axis >= cnp.PyArray_NDIM(array) or storage < 0 or not cnp.PyArray_ISBEHAVED_RO(array):
         return False
     for part in range(2):
         first, last = (0, axis) if part == 0 else (axis + 1, cnp.PyArray_NDIM(array))
@@ -262,20 +331,19 @@ cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except 
     if cnp.PyArray_STRIDE(array, axis) % itemsize != 0:
         return False
     description.data = cnp.PyArray_DATA(array)
-    description.storage = <Storage>storage_of(array)
+    description.storage = <Storage>storage
     description.outer = found[0]
     description.classes = cnp.PyArray_STRIDE(array, axis) // itemsize
     description.inner = found[1]
     return True
 
 
-cdef cnp.ndarray readable(cnp.ndarray array, int axis, ClassArray* description):
-    """`array`, or a copy of it in C order, described."""
-    if describe(array, axis, description):
+cdef cnp.ndarray readable(cnp.ndarray array, int axis):
+    """`array`, or a copy of it in C order: what describe() accepts."""
+    cdef ClassArray description
+    if describe(array, axis, &description):
         return array
-    array = np.array(array, native_dtype(array), order="C", subok=False)
-    describe(array, axis, description)
-    return array
+    return np.array(array, native_dtype(array), order="C", subok=False)
 
 
 cdef bint overlaps_itself(cnp.ndarray array):
@@ -291,8 +359,8 @@ cdef bint overlaps_itself(cnp.ndarray array):
 
 
 cdef bint share_memory(cnp.ndarray a, cnp.ndarray b):
-    cdef char* a_data = <char*>cnp.PyArray_DATA(a)
-    cdef char* b_data = <char*>cnp.PyArray_DATA(b)
+    cdef const char* a_data = <const char*>cnp.PyArray_DATA(a)
+    cdef const char* b_data = <const char*>cnp.PyArray_DATA(b)
     if cnp.PyArray_ISCARRAY_RO(a) and cnp.PyArray_ISCARRAY_RO(b):   # most calls: two ranges of bytes
         return a_data < b_data + cnp.PyArray_NBYTES(b) and b_data < a_data + cnp.PyArray_NBYTES(a)
     if not np.may_share_memory(a, b):
@@ -314,26 +382,78 @@ cdef bint same_elements(cnp.ndarray a, cnp.ndarray b):
     )
 
 
-cdef cnp.ndarray checked_output(object out, str name, tuple shape, object dtype, dict inputs, object in_place):
-    # in_place   the input that `out` may be, all of it; or None
-    if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
+cdef tuple CROSS_ENTROPY_INPUTS = ("logits", "target", "weight", "sample_weight", "grad_output", "out")
+cdef tuple NLL_INPUTS = ("log_probs", *CROSS_ENTROPY_INPUTS[1:])
+
+
+cdef cnp.ndarray checked_output(object out, str name, tuple shape, object dtype, tuple inputs, tuple names, bint in_place):
+    # in_place   `out` may be the first input, all of it
+    cdef Py_ssize_t k
+    if not cnp.PyArray_CheckExact(out) and (
+        not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix))
+    ):
         raise TypeError(f"{name} must be a numpy.ndarray, got {type(out).__name__}")
     cdef cnp.ndarray array = out
-    if out.shape != shape:
+    if not has_shape(array, shape):
         raise ValueError(f"{name} must have shape {shape}, got {out.shape}")
-    if array.dtype != dtype or not array.dtype.isnative:
+    if array.dtype is not dtype and (array.dtype != dtype or not array.dtype.isnative):
         raise ValueError(f"{name} must have dtype {dtype}, got {array.dtype}")
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError(f"{name} is read-only")
     if overlaps_itself(array):
         raise ValueError(f"{name} has elements that overlap each other in memory: strides {out.strides} for shape {shape}")
-    for other_name, other in inputs.items():
-        if other is not None and isinstance(other, np.ndarray):
-            if other_name == in_place and same_elements(array, other):
-                continue
-            if share_memory(array, other):
-                raise ValueError(f"{name} overlaps {other_name} in memory")
+    for k in range(len(inputs)):
+        if not cnp.PyArray_Check(inputs[k]) or (in_place and k == 0 and same_elements(array, inputs[k])):
+            continue
+        if share_memory(array, inputs[k]):
+            raise ValueError(f"{name} overlaps {names[k]} in memory")
     return array
+
+
+# Results. NumPy's own casts would warn of a loss beyond the range of its dtype, or raise, when the gradient is written already.
+
+cdef cnp.ndarray rounded(cnp.ndarray values, object dtype):
+    # in   values (n,)   float64
+    cdef const double* value = <const double*>cnp.PyArray_DATA(values)
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(values), i
+    cdef cnp.ndarray result
+    cdef float* single
+    if dtype is float64:
+        return values
+    if dtype is float32:
+        result = new_array(n, cnp.NPY_FLOAT32)
+        single = <float*>cnp.PyArray_DATA(result)
+        for i in range(n):
+            single[i] = <float>value[i]
+        return result
+    with np.errstate(all="ignore"):
+        return values.astype(dtype)
+
+
+cdef double sum_in_order(const double* values, Py_ssize_t n) noexcept nogil:
+    # Eight sums in a fixed order: as fast as memory, and the same whatever the threads and the layout were.
+    cdef double sums[8]
+    cdef Py_ssize_t first, k, full = n - n % 8
+    for k in range(8):
+        sums[k] = 0.0
+    for first from 0 <= first < full by 8:
+        for k in range(8):
+            sums[k] += values[first + k]
+    for k in range(n - full):
+        sums[k] += values[full + k]
+    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]))
+
+
+cdef object rounded_scalar(double value, object dtype):
+    cdef float single = <float>value
+    if dtype is float32:
+        return PyArray_Scalar(&single, dtype, NULL)
+    if dtype is float64:
+        return PyArray_Scalar(&value, dtype, NULL)
+    if -65504.0 <= value <= 65504.0:              # float16's largest: no half overflows
+        return dtype.type(value)
+    with np.errstate(all="ignore"):
+        return np.float64(value).astype(dtype)
 
 
 # The call
@@ -343,106 +463,108 @@ cdef class Call:
 
     def loss(self):
         """The reduced loss: a NumPy scalar, an array for reduction "none", or `out`."""
-        cdef const double* loss = <const double*>cnp.PyArray_DATA(self.loss_array)
-        cdef Py_ssize_t n = cnp.PyArray_SIZE(self.loss_array), i
-        cdef double sums[8]
         cdef double total
         if self.reduction == NONE:
-            result = self.loss_array.reshape(self.loss_shape)
-            if self.loss_out is not None:
-                np.copyto(self.loss_out, result, casting="unsafe")
-                return self.loss_out
-            return result.astype(self.loss_dtype, copy=False)[()]
-        # Eight sums in a fixed order: as fast as memory, and the same whatever the threads and the layout were.
-        for i in range(8):
-            sums[i] = 0.0
-        for i in range(n):
-            sums[i & 7] += loss[i]
-        total = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]))
-        if self.reduction == MEAN:
-            total = self.empty_value if self.nothing_to_average else total / self.divisor
-        if self.loss_out is not None:
-            self.loss_out[...] = total
-            return self.loss_out
-        return self.loss_dtype.type(total)
+            result = rounded(self.loss_array, self.loss_dtype).reshape(loss_shape(self))[()]
+        else:
+            total = sum_in_order(<const double*>self.problem.loss, cnp.PyArray_SIZE(self.loss_array))
+            if self.reduction == MEAN:
+                total = self.empty_value if self.nothing_to_average else total / self.divisor
+            result = rounded_scalar(total, self.loss_dtype)
+        if self.loss_out is None:
+            return result
+        self.loss_out[...] = result
+        return self.loss_out
 
     def gradient(self):
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""
-        output, self.output = self.output, None
-        if self.computed is not None:
-            np.copyto(output, self.computed)
-            self.computed = None
-        return output
+        if self.computed is not self.output:
+            np.copyto(self.output, self.computed)
+        return self.output
 
-    def prepare_backward(self, grad_output):
-        """Make this call, which has been run with keep_state, compute the gradient."""
-        set_grad_output(self, grad_output)
-        # Described anew: settle() sees arrays as they are in memory.
-        describe(self.read_logits, self.axis, &self.problem.logits)
-        if self.read_soft is not None:
-            describe(self.read_soft, self.axis, &self.problem.soft)
-        set_gradient(self, None)
-        self.problem.have_state = True
-        self.problem.loss = NULL
+    def backward(self, grad_output):
+        """A call for the gradient, from the state that this one left when it was run with keep_state.
+
+        It is another object, so that threads may call this at once.
+        """
+        cdef Call call = Call.__new__(Call)
+        call.problem = self.problem
+        call.problem.have_state = True
+        call.problem.loss = NULL
+        call.logits, call.read_logits, call.read_soft = self.logits, self.read_logits, self.read_soft
+        call.target, call.weight, call.sample_weight = self.target, self.weight, self.sample_weight
+        call.state = self.state
+        call.axis, call.rows, call.classes, call.reduction = self.axis, self.rows, self.classes, self.reduction
+        set_grad_output(call, None if grad_output is None else as_doubles(grad_output, "grad_output"))
+        if call.reduction == MEAN:
+            call.problem.grad_scale /= self.divisor
+        set_gradient(call, None)
+        settle(call)
+        return call
 
 
-cdef int set_grad_output(Call call, object grad_output) except -1:
-    cdef cnp.ndarray array
+cdef tuple loss_shape(Call call):
+    return shape_without((<object>call.logits).shape, call.axis)
+
+
+cdef int set_grad_output(Call call, cnp.ndarray array) except -1:
+    # in   array         grad_output as doubles, or None
+    # The divisor of the mean is not in grad_scale yet.
     call.problem.grad_output = NULL
     call.problem.grad_scale = 1.0
-    if grad_output is not None:
-        array = as_doubles(grad_output, "grad_output")
-        if array.ndim == 0:
-            call.problem.grad_scale = array.item()
+    if array is not None:
+        if cnp.PyArray_NDIM(array) == 0:
+            call.problem.grad_scale = (<const double*>cnp.PyArray_DATA(array))[0]
         elif call.reduction != NONE:
             raise ValueError(f"grad_output must be a scalar unless reduction='none', got shape {(<object>array).shape}")
-        elif (<object>array).shape != call.loss_shape:
-            raise ValueError(f"grad_output must have shape {call.loss_shape}, got {(<object>array).shape}")
+        elif not is_one_per_row(array, call.logits, call.axis):
+            raise ValueError(f"grad_output must have shape {loss_shape(call)}, got {(<object>array).shape}")
         else:
             call.problem.grad_output = <const double*>cnp.PyArray_DATA(array)
             call.grad_output = array
-    if call.reduction == MEAN:
-        call.problem.grad_scale = call.problem.grad_scale / call.divisor
     return 0
 
 
-cdef int set_gradient(Call call, object grad_out) except -1:
+cdef int set_gradient(Call call, cnp.ndarray grad_out) except -1:
     # Decides where the gradient is written: grad_out, a fresh array laid out like the logits, or by way of a temporary.
-    cdef Problem* p = &call.problem
-    cdef cnp.ndarray output, computed
-    if grad_out is None:
-        output = call.logits
-        if cnp.PyArray_ISCARRAY_RO(output):
-            grad_out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(output), cnp.PyArray_DIMS(output), cnp.PyArray_TYPE(output), 0)
-        else:
-            grad_out = np.empty_like(output, dtype=native_dtype(output), subok=False)
-    output = grad_out
-    call.output = output
-    call.computed = None
-    if not describe(output, call.axis, &p.grad):
-        computed = np.empty((<object>output).shape, output.dtype)
-        describe(computed, call.axis, &p.grad)
-        call.computed = computed
-    return settle(call)
+    cdef cnp.ndarray x = call.logits
+    cdef ClassArray description
+    if grad_out is not None:
+        call.output = grad_out
+    elif cnp.PyArray_ISCARRAY_RO(x):
+        call.output = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    else:
+        call.output = np.empty_like(x, dtype=native_dtype(x), subok=False)
+    call.computed = call.output
+    if not describe(call.output, call.axis, &description):
+        call.computed = np.empty((<object>call.output).shape, call.output.dtype)
+    return 0
 
 
 cdef int settle(Call call) except -1:
-    # Last step of every call: the shape (outer, classes, inner), and a scratch where the kernels need one.
+    # Last step of every call: the arrays as they now are in memory, the shape (outer, classes, inner), and a scratch where
+    # the kernels need one. From here on no code of the caller's runs; what it did to a shape until now is noticed.
     cdef Problem* p = &call.problem
     cdef ClassArray* arrays[3]
-    cdef bint one_stride = True, across = True
+    cdef cnp.ndarray x = call.read_logits
+    cdef bint one_stride = True, across = True, fits = describe(x, call.axis, &p.logits)
     cdef int k
-    cdef Py_ssize_t size
-    cdef tuple shape = (<object>call.logits).shape
+    cdef Py_ssize_t size, rows
     cdef cnp.ndarray scratch, parts
     arrays[0], arrays[1], arrays[2] = &p.logits, &p.soft, &p.grad
+    if call.read_soft is not None:
+        fits = fits and describe(call.read_soft, call.axis, &p.soft) and cnp.PyArray_SAMESHAPE(call.read_soft, x)
+    if call.computed is not None:
+        fits = fits and describe(call.computed, call.axis, &p.grad) and cnp.PyArray_SAMESHAPE(call.computed, x)
+    if not fits or cnp.PyArray_DIM(x, call.axis) != call.classes or rows_of(x, call.axis) != call.rows:
+        raise ValueError("the shape of an array has changed since it was checked")
+    p.classes = call.classes
     p.outer = p.inner = 1
-    for k in range(len(shape)):
+    for k in range(cnp.PyArray_NDIM(x)):
         if k < call.axis:
-            p.outer *= shape[k]
+            p.outer *= cnp.PyArray_DIM(x, k)
         elif k > call.axis:
-            p.inner *= shape[k]
-    p.classes = shape[call.axis]
+            p.inner *= cnp.PyArray_DIM(x, k)
     if p.inner == 1:
         # A batch of rows is (1, classes, rows): so a tile can hold LANES of them.
         p.inner = p.outer
@@ -459,24 +581,29 @@ cdef int settle(Call call) except -1:
         p.outer = 1
     across = (across and p.inner >= LANES) or p.classes <= FEW_CLASSES
     p.across = across
-    p.rows_together = max(<Py_ssize_t>1, min(<Py_ssize_t>ROWS, BLOCK // max(p.classes, 1)))
+    rows = max(<Py_ssize_t>1, min(<Py_ssize_t>ROWS, BLOCK // max(p.classes, 1)))
     if across:
-        p.rows_together = max(<Py_ssize_t>LANES, p.rows_together // LANES * LANES)
-    size = p.classes * p.rows_together            # what these take in a scratch
-    p.keep = p.grad.data != NULL and (not across or size <= 4 * BLOCK)
+        rows = max(<Py_ssize_t>LANES, rows // LANES * LANES)
+    p.rows_together = rows
+    p.keep = p.grad.data != NULL and (not across or p.classes * rows <= 4 * BLOCK)
     p.stream = (
         p.grad.data != NULL and p.grad.data != p.logits.data
-        and p.outer * p.inner * p.classes * cnp.PyArray_ITEMSIZE(call.logits) >= STREAM_BYTES
+        and p.outer * p.inner * p.classes * cnp.PyArray_ITEMSIZE(x) >= STREAM_BYTES
     )
     p.shared = (
         p.num_threads > 1 and not across and p.outer * p.inner < min(4 * p.num_threads, <int>LANES)
         and p.classes >= CLASSES_WORTH_SHARING
     )
-    # Pages that the kernels do not come to use are never touched.
-    scratch = new_array((1 if p.shared else p.num_threads) * 3 * size, cnp.NPY_FLOAT64 if p.is_double else cnp.NPY_FLOAT32)
-    p.scratch = cnp.PyArray_DATA(scratch)
-    p.scratch_size = size
-    call.scratch = scratch
+    rows = min(rows, (p.inner + LANES - 1) // LANES * LANES if across else p.inner)
+    p.scratch_size = p.classes * rows             # what these take in a scratch
+    size = (1 if p.shared else p.num_threads) * 3 * p.scratch_size
+    if p.num_threads == 1 and size <= SMALL_SCRATCH:
+        p.scratch = NULL                          # run() has one
+    else:
+        # Pages that the kernels do not come to use are never touched.
+        scratch = new_array(size, cnp.NPY_FLOAT64 if p.is_double else cnp.NPY_FLOAT32)
+        p.scratch = cnp.PyArray_DATA(scratch)
+        call.scratch = scratch
     if p.shared:
         parts = new_array(2 * (p.classes // SEGMENT + 1), cnp.NPY_FLOAT64)
         p.parts = <double*>cnp.PyArray_DATA(parts)
@@ -486,29 +613,33 @@ cdef int settle(Call call) except -1:
 
 def cross_entropy(
     logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, out,
-    num_threads, *, grad_output=None, grad_out=None, want_gradient=False, keep_state=False, bint nll=False,
+    num_threads, grad_output=None, grad_out=None, bint want_gradient=False, bint keep_state=False, bint nll=False,
 ):
     """Check the arguments of pyx_xent.cross_entropy and cross_entropy_with_grad; -> Call.
 
     nll=True: those of nll_loss, `logits` being log-probabilities.
     """
-    cdef Call call = Call()
+    cdef Call call = Call.__new__(Call)
     cdef Problem* p = &call.problem
     cdef str logits_name = "log_probs" if nll else "logits"
     cdef cnp.ndarray x = as_floating(logits, logits_name)
     cdef cnp.ndarray y = as_array(target, "target")
-    cdef cnp.ndarray array
-    cdef tuple shape = (<object>x).shape, target_shape = (<object>y).shape
-    cdef Py_ssize_t classes, positions, live, i
-    cdef Labels labels
+    cdef cnp.ndarray weights = None, samples = None, upstream = None, array
+    cdef Py_ssize_t live
     cdef int64_t ignored
     cdef bint soft
     cdef object dtype = native_dtype(x)
-    cdef object weights = None, samples = None
+    cdef tuple inputs
 
+    # First what runs code of the caller's: __array__, __index__, __float__. Shapes are looked at when it can change none.
+    if weight is not None:
+        weights = as_real(weight, "weight")
+    if sample_weight is not None:
+        samples = as_doubles(sample_weight, "sample_weight")
+    if grad_output is not None:
+        upstream = as_doubles(grad_output, "grad_output")
     p.operation = NLL if nll else CROSS_ENTROPY
     call.axis = class_axis(axis, x.ndim, logits_name)
-    classes = shape[call.axis]
     call.reduction = checked_reduction(reduction)
     p.label_smoothing = checked_smoothing(label_smoothing)
     p.z_loss = as_double(z_loss, "z_loss")
@@ -516,89 +647,82 @@ def cross_entropy(
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if empty not in ("nan", "zero", "raise"):
         raise ValueError(f"empty must be 'nan', 'zero' or 'raise', got {empty!r}")
-    if normalizer is not None and call.reduction != MEAN:
-        raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
-    if weight is not None:
-        weights = checked_weight(weight, classes)
+    call.divisor = 1.0
+    if normalizer is not None:
+        if call.reduction != MEAN:
+            raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
+        call.divisor = as_double(normalizer, "normalizer")
     ignored = checked_ignore_index(ignore_index)
 
-    soft = target_shape == shape and not nll
+    call.logits = x
     call.loss_dtype = dtype
+    call.classes = cnp.PyArray_DIM(x, call.axis)
+    call.rows = rows_of(x, call.axis)
+    if weights is not None:
+        check_weight(weights, call.classes)
+    soft = cnp.PyArray_SAMESHAPE(x, y) and not nll
     if soft:
         if y.dtype.kind != "f" and storage_of(y) != BFLOAT16:
             raise TypeError(f"Expected floating point type for target with class probabilities, got {y.dtype.name}")
         if ignored >= 0:
             raise ValueError("ignore_index is not supported for floating point target")
-        call.loss_shape = shape_without(shape, call.axis)
-        call.loss_dtype = np.result_type(dtype, y.dtype, *(() if weights is None else (weights.dtype,)))
-        if storage_of(y) < 0 or storage_of(np.empty(0, call.loss_dtype)) < 0:
-            raise TypeError(f"logits, target and weight must promote to float32 or float64, got {call.loss_dtype}")
+        for array in (y,) if weights is None or weights.dtype.kind in "iub" else (y, weights):
+            if storage_of(array) < 0:
+                raise TypeError(f"logits, target and weight must promote to float32 or float64, got {array.dtype}")
+            call.loss_dtype = promoted(call.loss_dtype, native_dtype(array))
     else:
-        check_target_shape(target_shape, shape, call.axis, axis is not None)
-        call.loss_shape = shape_without(shape, call.axis)
-
-    positions = 1
-    for i in range(x.ndim):
-        if i != call.axis:
-            positions *= cnp.PyArray_DIM(x, i)
-    if sample_weight is not None:
-        samples = as_doubles(sample_weight, "sample_weight")
-        if samples.shape != call.loss_shape and (soft or samples.shape != target_shape):
-            raise ValueError(f"sample_weight must have shape {call.loss_shape}, got {samples.shape}")
-
+        check_target_shape(y, x, call.axis, axis is not None)
+    if samples is not None:
+        if not is_one_per_row(samples, x, call.axis) and (soft or not cnp.PyArray_SAMESHAPE(samples, y)):
+            raise ValueError(f"sample_weight must have shape {loss_shape(call)}, got {(<object>samples).shape}")
+        p.sample_weight = <const double*>cnp.PyArray_DATA(samples)
+        call.sample_weight = samples
+    set_grad_output(call, upstream)
     if soft:
-        live = positions if classes else 0
+        live = call.rows if call.classes else 0
     else:
-        labels = checked_labels(y, classes, ignored)
-        live = labels.live
-        call.target = labels.array
-        p.target = <const int64_t*>cnp.PyArray_DATA(labels.array)
+        live = checked_labels(call, y, call.classes, ignored)
 
     if out is not None or grad_out is not None:
-        inputs = {
-            logits_name: x, "target": y, "weight": weight, "sample_weight": sample_weight, "grad_output": grad_output,
-        }
+        inputs = (x, y, weight, sample_weight, grad_output)
+        names = NLL_INPUTS if nll else CROSS_ENTROPY_INPUTS
         if out is not None:
             call.loss_out = checked_output(
-                out, "out", call.loss_shape if call.reduction == NONE else (), call.loss_dtype, inputs, None
+                out, "out", loss_shape(call) if call.reduction == NONE else (), call.loss_dtype, inputs, names, False
             )
-            inputs["out"] = out
+            inputs += (out,)
         if grad_out is not None:
-            checked_output(grad_out, "grad_out", shape, dtype, inputs, logits_name)
+            checked_output(grad_out, "grad_out", (<object>x).shape, dtype, inputs, names, True)
 
-    p.is_double = call.loss_dtype == float64
+    p.is_double = call.loss_dtype is float64
     if weights is not None:
-        array = np.array(weights, float64 if p.is_double else float32, order="C")
-        p.weight = cnp.PyArray_DATA(array)
-        weights = array
-    if samples is not None:
-        p.sample_weight = <const double*>cnp.PyArray_DATA(samples)
-    call.divisor = 1.0
+        weights = np.array(weights, float64 if p.is_double else float32, order="C")
+        p.weight = cnp.PyArray_DATA(weights)
+        call.weight = weights
     if call.reduction == MEAN:
-        call.divisor = as_double(normalizer, "normalizer") if normalizer is not None else counted(p, positions, live)
-        call.nothing_to_average = live == 0 and normalizer is None
+        if normalizer is None:
+            call.divisor = counted(p, call.rows, live)
+            call.nothing_to_average = live == 0
         call.empty_value = 0.0 if empty == "zero" else NAN
         if call.nothing_to_average and empty == "raise":
             raise ValueError("no row to average: the batch is empty or all its targets are ignore_index")
+        p.grad_scale /= call.divisor
 
-    p.num_threads = threads_for(num_threads, positions * classes)
-    call.logits = x
-    call.loss_array = new_array(positions, cnp.NPY_FLOAT64) if classes else np.zeros(positions)
-    p.loss = <double*>cnp.PyArray_DATA(call.loss_array)
-    call.read_logits = readable(x, call.axis, &p.logits)
-    if soft:
-        call.read_soft = readable(y, call.axis, &p.soft)
-    call.memory = (weights, samples)
+    p.num_threads = threads_for(num_threads, call.rows * call.classes)
+    array = new_array(call.rows, cnp.NPY_FLOAT64) if call.classes else np.zeros(call.rows)
+    p.loss = <double*>cnp.PyArray_DATA(array)
+    call.loss_array = array
     if keep_state:
-        array = np.empty((2, positions))
+        array = new_array(2 * call.rows, cnp.NPY_FLOAT64)
         p.row_max = <double*>cnp.PyArray_DATA(array)
-        p.row_total = p.row_max + positions
-        call.memory += (array,)
-    set_grad_output(call, grad_output)
+        p.row_total = p.row_max + call.rows
+        call.state = array
+    call.read_logits = readable(x, call.axis)
+    if soft:
+        call.read_soft = readable(y, call.axis)
     if want_gradient:
         set_gradient(call, grad_out)
-    else:
-        settle(call)
+    settle(call)
     return call
 
 
@@ -620,41 +744,47 @@ cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live):
 
 def softmax(x, axis, out, num_threads, bint logarithm):
     """Check the arguments of pyx_xent.softmax and log_softmax; -> Call."""
-    cdef Call call = Call()
+    cdef Call call = Call.__new__(Call)
     cdef Problem* p = &call.problem
     cdef cnp.ndarray array = as_floating(x, "x")
     cdef object dtype = native_dtype(array)
     p.operation = LOG_SOFTMAX if logarithm else SOFTMAX
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
-        checked_output(out, "out", (<object>array).shape, dtype, {"x": array}, None)
+        checked_output(out, "out", (<object>array).shape, dtype, (array,), ("x",), False)
     p.is_double = dtype is float64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
-    call.read_logits = readable(array, call.axis, &p.logits)
+    call.classes = cnp.PyArray_DIM(array, call.axis)
+    call.rows = rows_of(array, call.axis)
+    call.read_logits = readable(array, call.axis)
     set_gradient(call, out)
+    settle(call)
     return call
 
 
 def softmax_backward(grad_output, output, axis, out, num_threads, bint logarithm):
     """Check the arguments of pyx_xent.softmax_backward and log_softmax_backward; -> Call."""
-    cdef Call call = Call()
+    cdef Call call = Call.__new__(Call)
     cdef Problem* p = &call.problem
     cdef cnp.ndarray array = as_floating(output, "output")
     cdef cnp.ndarray g = as_floating(grad_output, "grad_output")
     cdef object dtype = native_dtype(array)
-    if (<object>g).shape != (<object>array).shape:
+    if not cnp.PyArray_SAMESHAPE(g, array):
         raise ValueError(f"grad_output must have the shape of output, {(<object>array).shape}, got {(<object>g).shape}")
     if native_dtype(g) != dtype:
         raise TypeError(f"grad_output must have the dtype of output, {dtype.name}, got {g.dtype.name}")
     p.operation = LOG_SOFTMAX_BACKWARD if logarithm else SOFTMAX_BACKWARD
     call.axis = checked_axis(axis, array.ndim)
     if out is not None:
-        checked_output(out, "out", (<object>array).shape, dtype, {"output": array, "grad_output": g}, None)
+        checked_output(out, "out", (<object>array).shape, dtype, (array, g), ("output", "grad_output"), False)
     p.is_double = dtype is float64
     p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
     call.logits = array
-    call.read_logits = readable(array, call.axis, &p.logits)
-    call.read_soft = readable(g, call.axis, &p.soft)
+    call.classes = cnp.PyArray_DIM(array, call.axis)
+    call.rows = rows_of(array, call.axis)
+    call.read_logits = readable(array, call.axis)
+    call.read_soft = readable(g, call.axis)
     set_gradient(call, out)
+    settle(call)
     return call

@@ -57,7 +57,8 @@ cdef struct Problem:
     double* row_max               # state for a later backward: out, or in if have_state; NULL: not wanted
     double* row_total            # out or in  see Block.total and give_state in _kernels/blocks.pxi
     bint have_state
-    void* scratch                 # (num_threads, 3, scratch_size) of float or double, as computed: for logits, soft, grad
+    void* scratch                 # (num_threads, 3, scratch_size) of float or double, as computed: for logits, soft, grad;
+                                  # NULL: small, run() has one
     Py_ssize_t scratch_size
     bint across                   # rows lie side by side, or there are few classes
     Py_ssize_t rows_together      # at most so many rows at once; across the lanes whole tiles

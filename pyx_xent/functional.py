@@ -167,7 +167,7 @@ out, num_threads
     """
     call = _arguments.cross_entropy(
         logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty,
-        out, num_threads, grad_output=grad_output, grad_out=grad_out, want_gradient=True,
+        out, num_threads, grad_output, grad_out, True,
     )  # fmt: skip
     _dispatch.kernels.run(call)
     return call.loss(), call.gradient()
@@ -251,7 +251,7 @@ def nll_loss_with_grad(
     """
     call = _arguments.cross_entropy(
         log_probs, target, weight, ignore_index, reduction, 0.0, axis, None, None, 0.0, "nan", out, num_threads,
-        grad_output=grad_output, grad_out=grad_out, want_gradient=True, nll=True,
+        grad_output, grad_out, True, nll=True,
     )  # fmt: skip
     _dispatch.kernels.run(call)
     return call.loss(), call.gradient()

@@ -86,8 +86,7 @@ class CrossEntropyLoss(_Options):
         ValueError
             `grad_output` has another shape.
         """
-        call = self._last_call()
-        call.prepare_backward(grad_output)
+        call = self._last_call().backward(grad_output)
         _dispatch.kernels.run(call)
         return call.gradient()
 

@@ -54,6 +54,26 @@ def test_the_lowest_bad_position_is_named(many_threads):
         px.cross_entropy(np.zeros(5), 7)
 
 
+@pytest.mark.spec("S10", "S25", "S26")
+@pytest.mark.parametrize("rows", [1, 7, 511, 512, 513, 1500])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3, 5, 2**63 - 1, -(2**63)])
+def test_labels_are_valid_ignored_or_bad(rng, rows, ignore_index):
+    classes = 5
+    allowed = np.unique([*range(classes), ignore_index])
+    edges = np.array([-1, -2, -100, classes, classes + 1, 2**31, 2**63 - 1, 2**63 - 2, -(2**63), -(2**63) + 1])
+    for density in (0.0, 0.0, 1 / rows, 0.3):
+        target = np.where(rng.random(rows) < density, rng.choice(edges, rows), rng.choice(allowed, rows))
+        bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+        for labels in (target, np.repeat(target, 2)[::2]):  # copied as they are, or by NumPy
+            if bad.any():
+                first = bad.argmax()
+                with raises(IndexError, f"Target {target[first]} is out of bounds. (target[{first}]"):
+                    px.cross_entropy(np.zeros((rows, classes)), labels, ignore_index=ignore_index)
+            else:
+                loss = px.cross_entropy(np.zeros((rows, classes)), labels, ignore_index=ignore_index, reduction="sum")
+                np.testing.assert_allclose(loss, (target != ignore_index).sum() * np.log(classes), rtol=1e-13)
+
+
 @pytest.mark.spec("S9", "S10")
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_every_integer_dtype_of_labels(dtype, rng):
@@ -334,3 +354,42 @@ def test_labels_that_another_thread_changes_meanwhile(many_threads):
     finally:
         stop.set()
         other.join()
+
+
+class Reshaping:
+    """An argument whose conversion changes the shape of an array."""
+
+    def __init__(self, array, shape, value):
+        self.array, self.shape, self.value = array, shape, value
+
+    def convert(self, *args, **kwargs):
+        self.array.shape = self.shape
+        return self.value
+
+    __float__ = __index__ = __array__ = convert
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("z_loss", 0.5),
+        ("label_smoothing", 0.1),
+        ("normalizer", 2.0),
+        ("ignore_index", -100),
+        ("axis", 1),
+        ("num_threads", 1),
+        ("weight", np.ones(10)),
+        ("sample_weight", np.ones(64)),
+        ("grad_output", np.ones(())),
+    ],
+)
+@pytest.mark.parametrize("which", ["logits", "target", "grad_out"])
+@pytest.mark.parametrize("shape", [(640,), (10, 64), (1, 10, 64), (64, 2, 5), (64, 10, 1)], ids=str)
+def test_an_argument_that_changes_a_shape_cannot_lead_outside_an_array(rng, name, value, which, shape):
+    arrays = {"logits": rng.normal(size=(64, 10)), "target": np.full((64, 10), 0.1), "grad_out": np.zeros((64, 10))}
+    changed = arrays[which]
+    with pytest.raises((ValueError, TypeError, np.exceptions.AxisError)):
+        px.cross_entropy_with_grad(**arrays, **{name: Reshaping(changed, shape, value)})
+    changed.shape = (64, 10)
+    assert not arrays["grad_out"].any()

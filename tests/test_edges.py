@@ -253,3 +253,21 @@ def test_very_large_logits_agree_with_the_reference(isa, dtype, rng, classes, or
 def test_a_sum_beyond_float32_is_infinite_without_a_warning(isa):
     logits = np.array([[3e38, 0, 0], [3e38, 0, 0]], np.float32)
     assert px.cross_entropy(logits, [1, 1], reduction="sum") == INF
+
+
+@pytest.mark.spec("S35")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_loss_beyond_its_dtype_raises_nothing_after_the_gradient_is_written(isa, reduction):
+    # Rows of 5e38 and 1e-44: the one overflows in float32, the other is subnormal.
+    logits = np.array([[2.5e38, -2.5e38, 0], [102, 0, 0]], np.float32)
+    grad_out, out = np.full_like(logits, NAN), np.zeros(2 if reduction == "none" else (), np.float32)
+    with np.errstate(all="raise"):
+        fresh, _ = px.cross_entropy_with_grad(logits, [1, 0], reduction=reduction)
+        loss, grad = px.cross_entropy_with_grad(logits, [1, 0], reduction=reduction, out=out, grad_out=grad_out)
+    assert loss is out
+    assert grad is grad_out
+    assert same_bits(fresh[()], out[()])
+    assert out.flat[0] == INF
+    assert np.isfinite(grad).all()
+    if reduction == "none":
+        assert 0 < out[1] < np.finfo(np.float32).tiny

@@ -170,6 +170,21 @@ def test_a_loss_that_is_too_large_is_infinite_without_a_warning(isa, reduction):
     assert np.isinf(out).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-8, 1e-30, 2049.0, 65504.0, 7e4, 1e30, 3e38, 3.4e38, 1e300])
+def test_a_loss_of_any_size_is_rounded_without_a_warning(isa, half, value):
+    logits, out = np.zeros((2, 2), half), np.empty((), half)
+    options = {"sample_weight": np.full(2, value / np.log(4)), "reduction": "sum", "grad_output": 0.0}
+    with np.errstate(all="raise"):
+        loss, _ = px.cross_entropy_with_grad(logits, [0, 0], out=out, **options)
+        fresh, _ = px.cross_entropy_with_grad(logits, [0, 0], **options)
+    assert loss is out
+    assert same_bits(out[()], fresh)
+    if np.isfinite(rounded(value, half)):
+        assert_within_one_ulp(out, np.float64(value), half)
+    else:
+        assert np.isinf(out.astype(np.float32))
+
+
 # dtypes
 
 
@@ -198,6 +213,48 @@ def test_float16_and_bfloat16_promote_to_float32(rng):
     assert loss.dtype == np.float32
     assert grad.dtype == bfloat16
     assert float(loss) == pytest.approx(float(reference.cross_entropy_with_grad(logits, soft)[0]), rel=1e-6)
+
+
+@pytest.mark.spec("S11")
+def test_soft_targets_promote_as_in_pytorch(rng):
+    torch = pytest.importorskip("torch")
+    floating = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+    floating["bfloat16"] = pytest.importorskip("ml_dtypes").bfloat16
+    weights = {**floating, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
+    values = 3 * rng.normal(size=(4, 5)), rng.dirichlet(np.ones(5), 4), np.arange(5)
+
+    def loss_and_grad_dtypes(names):
+        logits, target, *weight = (value.astype(weights[name]) for value, name in zip(values, names, strict=False))
+        return [result.dtype.name for result in px.cross_entropy_with_grad(logits, target, *weight)]
+
+    def loss_and_grad_dtypes_of_pytorch(names):
+        logits, target, *weight = (torch.tensor(v).to(getattr(torch, name)) for v, name in zip(values, names, strict=False))
+        loss = torch.nn.functional.cross_entropy(logits, target, *weight)
+        return [str(dtype).removeprefix("torch.") for dtype in (loss.dtype, logits.dtype)]
+
+    for names in (*itertools.product(floating, floating), *itertools.product(floating, floating, weights)):
+        assert loss_and_grad_dtypes(names) == loss_and_grad_dtypes_of_pytorch(names), names
+
+
+@pytest.mark.spec("S11", "S12")
+def test_an_integer_weight_counts_as_its_float_counterpart(rng, half):
+    logits, target = problem(rng, (6, 5), half, soft=True)
+    loss, grad = px.cross_entropy_with_grad(logits, target, np.arange(5))
+    expected, expected_grad = px.cross_entropy_with_grad(logits, target, np.arange(5).astype(half))
+    assert same_bits(loss, expected)
+    assert same_bits(grad, expected_grad)
+
+
+@pytest.mark.spec("S11", "S12")
+@pytest.mark.skipif(np.longdouble is np.float64, reason="longdouble is float64 here")
+def test_longdouble_is_no_dtype_of_class_probabilities():
+    logits, target = np.zeros((2, 3), np.float32), np.full((2, 3), 1 / 3)
+    message = f"must promote to float32 or float64, got {np.dtype(np.longdouble)}"
+    with pytest.raises(TypeError, match=message):
+        px.cross_entropy(logits, target.astype(np.longdouble))
+    with pytest.raises(TypeError, match=message):
+        px.cross_entropy(logits, target, np.ones(3, np.longdouble))
+    assert px.cross_entropy(logits, [0, 1], np.ones(3, np.longdouble)).dtype == np.float32
 
 
 @pytest.mark.spec("S8")

@@ -1,6 +1,7 @@
 """The objects: constructors of torch.nn, and a gradient that is the fused one bit for bit."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -63,6 +64,33 @@ def test_backward_before_a_call_or_after_a_failed_one():
         criterion(np.zeros((1, 2)), [2])
     with pytest.raises(RuntimeError, match="needs a call first"):
         criterion.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(640,), (10, 64), (1, 640, 1), (640, 1)], ids=str)
+def test_backward_notices_that_the_logits_have_another_shape(isa, rng, shape):
+    logits = rng.normal(size=(64, 10))
+    for target in (rng.integers(0, 10, 64), rng.random((64, 10))):
+        criterion = px.CrossEntropyLoss()
+        criterion(logits, target)
+        expected = criterion.backward()
+        logits.shape = shape
+        with pytest.raises(ValueError, match="the shape of an array has changed since it was checked"):
+            criterion.backward()
+        logits.shape = (64, 10)
+        assert same_bits(criterion.backward(), expected)
+
+
+def test_backward_of_one_object_in_several_threads(isa, rng):
+    logits, target = rng.normal(size=(400, 1000)).astype(np.float32), rng.integers(0, 1000, 400)
+    criterion = px.CrossEntropyLoss()
+    criterion(logits, target)
+    upstream = [1.0, 2.0, 4.0, 8.0]
+    expected = [criterion.backward(g) for g in upstream]
+    with ThreadPoolExecutor(len(upstream)) as pool:
+        for _ in range(20):
+            for result, alone in zip(pool.map(criterion.backward, upstream), expected, strict=True):
+                assert same_bits(result, alone)
 
 
 def test_options_are_attributes_and_survive_pickling():

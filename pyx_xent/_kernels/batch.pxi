@@ -7,7 +7,10 @@
 
 from cython.parallel cimport threadid
 
-from pyx_xent._arguments cimport Call
+from pyx_xent._arguments cimport SMALL_SCRATCH, Call
+
+cdef enum:
+    QUICK = 1024                  # so few elements are computed sooner than the GIL is given away and taken back
 
 
 cdef inline Storage computed_in(floating compute) noexcept nogil:
@@ -233,12 +236,19 @@ cdef void do_numbered_slice(const Problem* p, Py_ssize_t slice_size, Py_ssize_t 
 
 def run(Call call):
     """Compute what `call` describes; nothing can fail any more."""
-    cdef const Problem* p = &call.problem
+    cdef Problem problem = call.problem           # a copy, for a scratch that is gone afterwards
+    cdef const Problem* p = &problem
+    cdef double small[SMALL_SCRATCH + 8]
     cdef Py_ssize_t positions = p.outer * p.inner
     # Eight slices a thread even out ignored rows and a busy core; whole tiles but for the last.
     cdef Py_ssize_t slice_size = (positions + 8 * p.num_threads - 1) // (8 * p.num_threads)
     cdef Py_ssize_t slices, number
     if positions == 0 or p.classes == 0:
+        return
+    if problem.scratch == NULL:
+        problem.scratch = <void*>((<size_t>small + 63) // 64 * 64)
+    if p.num_threads == 1 and positions * p.classes <= QUICK:
+        do_numbered_slice(p, positions, 0, 0)
         return
     if p.num_threads == 1 or p.shared:
         with nogil:

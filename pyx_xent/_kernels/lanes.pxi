@@ -236,10 +236,10 @@ cdef void groups_max_sum(
     for group in range(-1 if tail != NULL else 0, groups):
         i = group * (GROUP * LANES)
         source = instead if group == special else x + i
-        to = kept + i
+        to = kept + i if keep else NULL
         count = min(<Py_ssize_t>GROUP, strips - group * GROUP)
         if group < 0:
-            source, to, count = tail, kept + tail_at, 1
+            source, to, count = tail, kept + tail_at if keep else NULL, 1
         if floating is float:
             for l in range(LANES):
                 s[l] = 0
