@@ -32,7 +32,7 @@ cdef struct Block:
     double total[ROWS]            # the sum of all classes but the one that is left out
     double of_max[ROWS]           # of the maximum
     double of_excluded[ROWS]      # of the class left out, or 0
-    double kept_scale[ROWS]       # times this, a power of two: those that the sum has kept
+    double to_maximum[ROWS]       # those that the sum has kept, times this power of two
     double term[ROWS]
     double mass[ROWS]
     double scale[ROWS]           # of e^(x - maximum) in the gradient
@@ -141,7 +141,7 @@ cdef void block_entries(
     Block* b, Operation operation, const double* low, const double* round_by, const double* reference,
     const double* scale, const double* unit, floating compute,
 ) noexcept nogil:
-    cdef int l, k, dead
+    cdef int l
     if b.work.across:
         for l from 0 <= l < b.lanes by LANES:
             select_tile[floating](b, l // LANES, 0)
@@ -151,10 +151,7 @@ cdef void block_entries(
             memcpy(b.work.scale, scale + l, sizeof(b.work.low))
             memcpy(b.work.unit, unit + l, sizeof(b.work.low))
             memcpy(b.work.dead, b.dead + l, sizeof(b.work.low))
-            dead = 0
-            for k in range(LANES):
-                dead |= b.dead[l + k] != 0
-            b.work.has_dead = dead
+            b.work.has_dead = b.live < b.lanes
             entries[floating](&b.work, operation, 0, b.work.classes, <floating*>b.work.out, b.work.out_stride)
         return
     fill[double](b.work.dead, 0)
@@ -301,8 +298,8 @@ cdef void block_state(
         block_sum[floating](b, MAX_SUM, b.excluded, skip, True, b.maximum, b.total, 0)
     for l in range(b.lanes):
         # The units of the reference, guessed or not, become those of the maximum: a power of two, which is exact.
-        b.kept_scale[l] = power_of_two(exponent_of(b.maximum[l]) - b.exponent[l])
-        b.total[l] = b.total[l] / b.kept_scale[l]
+        b.to_maximum[l] = power_of_two(b.exponent[l] - exponent_of(b.maximum[l]))
+        b.total[l] *= b.to_maximum[l]
     exponentials_of_state[floating](b, 0)
     if not keep_digits:
         return
@@ -318,7 +315,7 @@ cdef void block_state(
         block_sum[floating](b, MAX_SUM, without, skip, False, b.maximum, b.total, 0)
         for l in range(b.lanes):
             if skip[l] == 0:
-                b.total[l] = b.total[l] / b.kept_scale[l]
+                b.total[l] *= b.to_maximum[l]
                 b.excluded[l] = without[l]
         exponentials_of_state[floating](b, 0)
 
@@ -326,13 +323,22 @@ cdef void block_state(
 cdef void exponentials_of_state(Block* b, floating compute) noexcept nogil:
     cdef double room = headroom[floating](0)
     cdef double x[ROWS]
-    cdef int l
+    cdef const floating* tile
+    cdef Py_ssize_t stride = b.work.stride
+    cdef int l, k
     for l in range(b.lanes):
         b.of_max[l] = exp_in_double[floating](b.maximum[l], exponent_of(b.maximum[l]), room, 0)
         x[l] = -INFINITY
-    for l in range(b.rows):
-        if b.excluded[l] >= 0:
-            x[l] = entry[floating](b, b.x, b.next_x, b.work.stride, l, <Py_ssize_t>b.excluded[l], 0)[0]
+    if b.work.across:
+        for l from 0 <= l < b.lanes by LANES:
+            tile = <const floating*>b.x[0] + l // LANES * b.next_x
+            for k in range(LANES):
+                if b.excluded[l + k] >= 0:
+                    x[l + k] = tile[<Py_ssize_t>b.excluded[l + k] * stride + k]
+    else:
+        for l in range(b.rows):
+            if b.excluded[l] >= 0:
+                x[l] = (<const floating*>b.x[l])[<Py_ssize_t>b.excluded[l]]
     for l in range(b.lanes):
         b.at_excluded_logit[l] = x[l] - b.maximum[l]
         b.of_excluded[l] = exp_in_double[floating](x[l], exponent_of(b.maximum[l]), room, 0)
@@ -346,7 +352,7 @@ cdef void take_state(Block* b, floating compute) noexcept nogil:
         b.reference[l] = p.row_max[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
         b.total[l] = p.row_total[b.position + l] if l < b.rows and b.dead[l] == 0 else 0.0
         b.maximum[l] = b.reference[l]
-        b.kept_scale[l] = 1.0
+        b.to_maximum[l] = 1.0
     settle_reference[floating](b, 0)
     for l in range(b.lanes):
         b.maximum[l] -= b.base[l]
@@ -388,7 +394,7 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
     cdef int l
     cdef bint kept = b.problem.keep and not b.problem.have_state
     for l in range(b.lanes):
-        scale[l] = b.scale[l] / b.kept_scale[l]
+        scale[l] = b.scale[l] * b.to_maximum[l]
     for l in range(b.rows):
         kept = kept and (b.dead[l] != 0 or stays_normal[floating](scale[l], 0))
     if not kept:

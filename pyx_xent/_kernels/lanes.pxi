@@ -35,6 +35,7 @@ from pyx_xent._problem cimport (
 cdef enum:
     GROUP = 8                     # terms that a lane adds in float before they go to its double
     AHEAD = 256 * LANES           # elements between what is computed and what is asked from memory
+    AHEAD_ACROSS = 4 * ROWS       # rows, likewise: many classes at once, which must not drive each other out of the cache
     PIECE = 64                    # strips of a quantity on its way from one loop to the next, in a buffer
 
 
@@ -315,7 +316,7 @@ cdef void tile_exponentials(
     memcpy(m, maximum, sizeof(m))
     memcpy(out, left_out, sizeof(out))
     for i in range(count):
-        prefetch(x + i * stride + AHEAD)
+        prefetch(x + i * stride + AHEAD_ACROSS)
         for l in range(LANES):
             e[l] = x[i * stride + l]
             m[l] = e[l] if e[l] > m[l] else m[l]

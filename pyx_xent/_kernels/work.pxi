@@ -232,6 +232,9 @@ cdef void tile_sum(const Work* work, Sum kind, double* first, double* second, fl
     cdef double lost[LANES]
     cdef Py_ssize_t segment
     cdef int l
+    if segments_of(work.classes) == 1:
+        tile_segment[floating](work, kind, 0, first, second, 0)
+        return
     fill[double](first, -INFINITY if kind == MAX_SUM else 0.0)
     fill[double](second, 0)
     fill[double](lost, 0)
