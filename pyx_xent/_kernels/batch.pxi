@@ -156,6 +156,8 @@ cdef void do_along(Block* b, Py_ssize_t outer, Py_ssize_t inner, floating* scrat
         b.kept[l] = NULL
         if p.keep:
             b.kept[l] = row if b.work.stream or x == out else b.out[l]
+        if b.work.pending != NULL:            # those of the row before are in one of two places, by turns
+            b.kept[l] = row - p.scratch_size if b.work.pending.kept == row else row
     if b.live > 0:
         do_block[floating](b, 0)
     if not direct_out:
@@ -175,9 +177,20 @@ cdef void do_slice(
     cdef bint across
     cdef Py_ssize_t outer, inner, rows
     cdef Block block
+    cdef Pending pending
     cdef int l
     block.problem = p
     block.work.classes = p.classes
+    # The gradient of a long row waits for the next row.
+    block.work.pending = NULL
+    pending.classes = 0
+    pending.kept = NULL
+    if (
+        p.rows_together == 1 and p.keep and not p.have_state and not p.is_double and not p.across and not p.shared
+        and p.soft.data == NULL and p.label_smoothing == 0
+        and is_direct[floating](&p.logits, p.logits.classes, 0) and is_direct[floating](&p.grad, p.grad.classes, 0)
+    ):
+        block.work.pending = &pending
     while position < end:
         outer = position // p.inner
         inner = position - outer * p.inner
@@ -211,6 +224,7 @@ cdef void do_slice(
         else:
             do_along[floating](&block, outer, inner, scratch)
         position += rows
+    finish_pending[floating](&pending, 0)
 
 
 cdef inline void ignore_rows(const Block* b) noexcept nogil:

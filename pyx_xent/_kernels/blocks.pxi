@@ -405,4 +405,10 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
             low[l] = lowest[floating](exponent[l], room[l], 0)
             round_by[l] = rounder[floating](exponent[l], room[l], 0)
             scale[l] = b.scale[l] * power_of_two(headroom[floating](0) - room[l])
+    elif b.work.pending != NULL and not b.work.has_class_term:
+        finish_pending[floating](b.work.pending, 0)
+        b.work.pending.kept, b.work.pending.out, b.work.pending.scale = b.kept[0], b.out[0], scale[0]
+        b.work.pending.stream, b.work.pending.classes, b.work.pending.done = b.work.stream, b.work.classes, 0
+        b.work.pending.excluded = -1
+        return
     block_entries[floating](b, operation, low, round_by, b.maximum, scale, b.unit, 0)

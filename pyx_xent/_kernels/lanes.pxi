@@ -36,7 +36,21 @@ cdef enum:
     GROUP = 8                     # terms that a lane adds in float before they go to its double
     AHEAD = 256 * LANES           # elements between what is computed and what is asked from memory
     AHEAD_ACROSS = 4 * ROWS       # rows, likewise: many classes at once, which must not drive each other out of the cache
+    TURN = 32                     # strips that are summed before as many of the row before are written; whole groups
     PIECE = 64                    # strips of a quantity on its way from one loop to the next, in a buffer
+
+
+cdef struct Pending:
+    # The gradient of the row before, written while the next one is summed: so memory is not idle during the exponentials, nor
+    # the arithmetic while stores wait for memory.
+    const void* kept              # in   (classes,)  the exponentials
+    void* out                     # out  (classes,)
+    double scale
+    bint stream
+    Py_ssize_t classes            # 0: nothing is pending
+    Py_ssize_t done
+    Py_ssize_t excluded           # the class with an entry of its own, or -1
+    double at_excluded
 
 
 cdef struct Work:
@@ -54,6 +68,7 @@ cdef struct Work:
     Py_ssize_t out_stride
     bint stream                   # store `out` past the caches
     const void* next              # the memory that is read after this row; NULL: not known
+    Pending* pending              # NULL: none
     # One for each lane; all the same if not across.
     double low[LANES]             # see exp_parts
     double round_by[LANES]
@@ -209,8 +224,8 @@ cdef void groups_max_sum(
     const floating* instead, Py_ssize_t special,              # in   (GROUP, LANES) in place of this group; -1: of none
     floating low, floating round_by,                          # in   of the row, see exp_parts
     floating* kept,                                           # out  NULL: not wanted
-    floating* maximum,                                        # out  (LANES,)
-    double* sums,                             # out  (LANES,)  in memory: a local array gcc takes apart into scalars
+    floating* maximum,                                        # in/out   (LANES,)
+    double* sums,                             # in/out (double: out)  in memory: a local array gcc takes apart into scalars
 ) noexcept nogil:
     # Every row takes the same branches, whatever its target.
     cdef const floating* source
@@ -228,8 +243,7 @@ cdef void groups_max_sum(
     for l in range(LANES):
         b[l] = low
         r[l] = round_by
-        m[l] = -INFINITY
-        sums[l] = 0
+        m[l] = maximum[l]
     if floating is double:
         for l in range(LANES):
             s[l] = 0
@@ -271,6 +285,7 @@ cdef void groups_max_sum(
 
 cdef void row_max_sum(
     const floating* x, Py_ssize_t strips, int tail,           # in   (strips * LANES + tail,); a tail has LANES classes before its end
+    Pending* pending,
     floating low, floating round_by,
     Py_ssize_t left_out,                                      # in   the class that is not added; not in the segment: none
     floating* kept,                                           # out  the exponentials, +0 for the class left out; NULL: not wanted
@@ -291,11 +306,56 @@ cdef void row_max_sum(
         size = min(<Py_ssize_t>(GROUP * LANES), whole - at)
         memcpy(group, x + at, size * sizeof(floating))
         group[left_out - at] = -INFINITY
-    groups_max_sum(x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums)
+    for l in range(LANES):
+        m[l] = -INFINITY
+        sums[l] = 0
+    if floating is double or pending == NULL or pending.classes == 0:
+        groups_max_sum(x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums)
+    else:
+        at = 0
+        while at < strips:
+            groups_max_sum(
+                x + at * LANES, min(<Py_ssize_t>TURN, strips - at), end if tail > 0 and at == 0 else NULL, end_at, group,
+                special - at // GROUP if special >= at // GROUP else -1, low, round_by,
+                kept + at * LANES if kept != NULL else NULL, m, sums,
+            )
+            write_pending[floating](pending, TURN * LANES, 0)
+            at += TURN
     for l in range(LANES):
         maximum[l] = m[l]
     if 0 <= left_out < whole + tail and x[left_out] > maximum[0]:
         maximum[0] = x[left_out]
+
+
+cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) noexcept nogil:
+    cdef const floating* kept = <const floating*>pending.kept + pending.done
+    cdef floating* out = <floating*>pending.out + pending.done
+    cdef floating scale = <floating>pending.scale
+    cdef floating piece[(PIECE + 1) * LANES]
+    cdef Py_ssize_t i
+    if pending.classes == 0:
+        return
+    count = min(count, <Py_ssize_t>(PIECE * LANES))
+    if pending.done == 0:                     # so that the next one begins where a line of memory begins
+        count += <Py_ssize_t>(-<uintptr_t>out % 64) // <Py_ssize_t>sizeof(floating)
+    count = min(count, pending.classes - pending.done)
+    if pending.stream:
+        for i in range(count):
+            piece[i] = kept[i] * scale
+        stream_out(out, piece, count * sizeof(floating))
+    else:
+        for i in range(count):
+            out[i] = kept[i] * scale
+    pending.done += count
+    if pending.done == pending.classes:
+        if pending.excluded >= 0:
+            (<floating*>pending.out)[pending.excluded] = <floating>pending.at_excluded
+        pending.classes = 0
+
+
+cdef void finish_pending(Pending* pending, floating compute) noexcept nogil:
+    while pending.classes > 0:
+        write_pending[floating](pending, PIECE * LANES, 0)
 
 
 cdef void tile_exponentials(

@@ -125,6 +125,10 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     if p.grad.data == NULL:
         return
     block_gradient[floating](b, CROSS_ENTROPY, 0)
+    if b.work.pending != NULL and b.work.pending.classes > 0:
+        b.work.pending.excluded = <Py_ssize_t>b.excluded[0]
+        b.work.pending.at_excluded = b.at_excluded[0]
+        return
     for l in range(b.rows):
         if b.dead[l] == 0 and b.excluded[l] >= 0:
             c = <Py_ssize_t>b.excluded[l]

@@ -42,7 +42,7 @@ cdef void row_segment(
     cdef const floating* other
     if kind == MAX_SUM:
         row_max_sum(
-            x, strips, tail, <floating>work.low[0], <floating>work.round_by[0], <Py_ssize_t>work.left_out[0] - start,
+            x, strips, tail, work.pending, <floating>work.low[0], <floating>work.round_by[0], <Py_ssize_t>work.left_out[0] - start,
             <floating*>work.kept + start if work.kept != NULL else NULL, first, second,
         )
         return
