@@ -334,3 +334,33 @@ def test_a_large_float16_gradient_has_the_bits_of_its_rows(isa, rng):
     assert same_bits(output.array, grad)
     assert output.is_intact()
     assert not grad[target < 0].any()
+
+
+@pytest.mark.parametrize("classes", [16385, 20_000, 33_001])
+@pytest.mark.parametrize("rows", [1, 2, 7, 420])
+def test_long_rows_have_the_bits_of_each_row_alone(isa, rng, classes, rows):
+    # The gradient of a long row is written while the next one is summed; 420 rows are stored past the caches.
+    if rows == 420 and isa == "baseline":
+        pytest.skip("the same code, and slow")
+    logits = rng.standard_normal((rows, classes), dtype=np.float32)
+    target = rng.integers(0, classes, rows)
+    target[1:-1:3] = -100
+    logits[rows // 2, 7] = np.nan
+    logits[0] += 3e6  # moved before it is summed
+    guarded = np.full(logits.size + 33, 7, np.float32)
+    out = guarded[17:-16].reshape(logits.shape)
+    loss, grad = px.cross_entropy_with_grad(logits, target, reduction="none", grad_out=out)
+    assert grad is out
+    assert (guarded[:17] == 7).all()
+    assert (guarded[-16:] == 7).all()
+    criterion = px.CrossEntropyLoss(reduction="none")
+    assert same_bits(criterion(logits, target), loss)
+    assert same_bits(criterion.backward(), grad)
+    probabilities = px.softmax(logits, axis=1)
+    for i in range(rows) if rows < 10 else (0, 1, rows // 2, rows - 1):
+        alone = px.cross_entropy_with_grad(logits[i : i + 1], target[i : i + 1], reduction="none")
+        assert same_bits(alone[0], loss[i : i + 1])
+        assert same_bits(alone[1], grad[i : i + 1])
+        assert same_bits(px.softmax(logits[i : i + 1], axis=1), probabilities[i : i + 1])
+    wanted = grad.copy()
+    assert same_bits(px.cross_entropy_with_grad(logits, target, reduction="none", grad_out=logits)[1], wanted)
