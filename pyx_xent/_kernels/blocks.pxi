@@ -94,34 +94,34 @@ cdef void block_largest(Block* b, Py_ssize_t classes, double* largest, floating 
                 largest[l] = max(fold_max(m), fold_max(x + classes - LANES))
 
 
-cdef void block_sum(
-    Block* b, Sum kind,
-    const double* left_out,                   # in   of each row, for MAX_SUM
-    const double* skip,                       # in   not 0: a row that is not summed, its results stay
-    bint keep,                                # in   the exponentials, for MAX_SUM
-    double* first, double* second,            # out
-    floating compute,
+cdef void sum_across(
+    Block* b, Sum kind, const double* left_out, const double* skip, bint keep, double* first, double* second, floating compute
 ) noexcept nogil:
-    cdef RowSum rows[ROWS]
     cdef double tile_first[LANES]
     cdef double tile_second[LANES]
-    cdef int l, k
     cdef double room = headroom[floating](0)
-    if b.work.across:
-        for l from 0 <= l < b.lanes by LANES:
-            select_tile[floating](b, l // LANES, 0)
-            if not keep:
-                b.work.kept = NULL
-            memcpy(b.work.left_out, left_out + l, sizeof(b.work.low))
-            memcpy(b.work.reference, b.maximum + l, sizeof(b.work.low))
-            for k in range(LANES):
-                b.work.low[k] = lowest[floating](b.exponent[l + k], room, 0)
-                b.work.round_by[k] = rounder[floating](b.exponent[l + k], room, 0)
-            tile_sum[floating](&b.work, kind, tile_first, tile_second, 0)
-            for k in range(LANES):
-                first[l + k] = tile_first[k] if skip[l + k] == 0 else first[l + k]
-                second[l + k] = tile_second[k] if skip[l + k] == 0 else second[l + k]
-        return
+    cdef int l, k
+    for l from 0 <= l < b.lanes by LANES:
+        select_tile[floating](b, l // LANES, 0)
+        if not keep:
+            b.work.kept = NULL
+        memcpy(b.work.left_out, left_out + l, sizeof(b.work.low))
+        memcpy(b.work.reference, b.maximum + l, sizeof(b.work.low))
+        for k in range(LANES):
+            b.work.low[k] = lowest[floating](b.exponent[l + k], room, 0)
+            b.work.round_by[k] = rounder[floating](b.exponent[l + k], room, 0)
+        tile_sum[floating](&b.work, kind, tile_first, tile_second, 0)
+        for k in range(LANES):
+            first[l + k] = tile_first[k] if skip[l + k] == 0 else first[l + k]
+            second[l + k] = tile_second[k] if skip[l + k] == 0 else second[l + k]
+
+
+cdef void sum_along(
+    Block* b, Sum kind, const double* left_out, const double* skip, bint keep, double* first, double* second, floating compute
+) noexcept nogil:
+    cdef RowSum rows[ROWS]
+    cdef double room = headroom[floating](0)
+    cdef int l
     for l in range(b.rows):
         if skip[l] == 0:
             select_row(b, l)
@@ -135,6 +135,21 @@ cdef void block_sum(
     for l in range(b.rows):
         if skip[l] == 0:
             fold_row[floating](kind, rows + l, first + l, second + l, 0)
+
+
+cdef inline void block_sum(
+    Block* b, Sum kind,
+    const double* left_out,                   # in   of each row, for MAX_SUM
+    const double* skip,                       # in   not 0: a row that is not summed, its results stay
+    bint keep,                                # in   the exponentials, for MAX_SUM
+    double* first, double* second,            # out
+    floating compute,
+) noexcept nogil:
+    # Two functions, because a thread's stack may be as small as 64 KB.
+    if b.work.across:
+        sum_across[floating](b, kind, left_out, skip, keep, first, second, 0)
+    else:
+        sum_along[floating](b, kind, left_out, skip, keep, first, second, 0)
 
 
 cdef void block_entries(
@@ -393,6 +408,8 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
     cdef double exponent[ROWS]
     cdef int l
     cdef bint kept = b.problem.keep and not b.problem.have_state
+    if b.work.pending != NULL:                # what the sum of this row has left of the one before: from here on it is ours
+        finish_pending[floating](b.work.pending, 0)
     for l in range(b.lanes):
         scale[l] = b.scale[l] * b.to_maximum[l]
     for l in range(b.rows):
@@ -406,7 +423,6 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
             round_by[l] = rounder[floating](exponent[l], room[l], 0)
             scale[l] = b.scale[l] * power_of_two(headroom[floating](0) - room[l])
     elif b.work.pending != NULL and not b.work.has_class_term:
-        finish_pending[floating](b.work.pending, 0)
         b.work.pending.kept, b.work.pending.out, b.work.pending.scale = b.kept[0], b.out[0], scale[0]
         b.work.pending.stream, b.work.pending.classes, b.work.pending.done = b.work.stream, b.work.classes, 0
         b.work.pending.excluded = -1
