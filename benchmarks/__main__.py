@@ -3,7 +3,6 @@
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +12,7 @@ import pyx_xent
 from . import memory, report, roofline, scaling
 from .cases import CASES, GRADIENT
 from .peers import PEERS
+from .timing import times
 
 SAVED = Path(".benchmarks")
 TIMES, MEMORY, SCALING = SAVED / "full", SAVED / "memory.json", SAVED / "scaling.json"
@@ -32,12 +32,8 @@ def run_limits(arguments):
     print(f"{arguments.threads} threads, float32, fastest and median")
     for name, (count, function, bytes_moved) in limits.items():
         function()
-        times = []
-        for _ in range(15 if bytes_moved else 600):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        best, median = min(times) / count * 1e9, statistics.median(times) / count * 1e9
+        seconds = times(function, budget=0, least=15 if bytes_moved else 600)
+        best, median = min(seconds) / count * 1e9, statistics.median(seconds) / count * 1e9
         rate = f"{bytes_moved / best:8.1f} GB/s" if bytes_moved else ""
         print(f"{name:27}{best:8.4f} ns/element{median:9.4f}{rate}")
 

@@ -1,7 +1,6 @@
 """Time per element of our kernels as arrays grow from 4 KB to 8 GB: straight lines, or a cliff that the cases step over."""
 
 import statistics
-import time
 
 import numpy as np
 from tqdm import tqdm
@@ -9,19 +8,10 @@ from tqdm import tqdm
 import pyx_xent
 
 from . import roofline
+from .timing import times
 
 CLASSES = (10, 1000, 32000, None)  # None: a single row
 LARGEST = 8 << 30
-
-
-def median_seconds(function, budget):
-    function()
-    times = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 1000):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def measure(largest=LARGEST, budget=0.2, threads=None):
@@ -58,7 +48,8 @@ def measure(largest=LARGEST, budget=0.2, threads=None):
                     x, t, grad_out=x, **o
                 )
                 for operation, function in operations.items():
-                    seconds = median_seconds(function, budget)
+                    function()
+                    seconds = statistics.median(times(function, budget))
                     found.append(
                         {"classes": logits.shape[1], "rows": rows, "single_row": classes is None, "operation": operation,
                          "seconds": seconds, "elements": elements, "bytes": 4 * elements, "threads": threads}

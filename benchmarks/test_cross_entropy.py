@@ -3,7 +3,6 @@
 import gc
 import math
 import os
-import time
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -15,6 +14,7 @@ from pyx_xent import _dispatch
 from . import roofline
 from .cases import CASES, FORWARD, Problem
 from .peers import PEERS, cannot_run
+from .timing import times
 from .worker import HugePages
 
 # Relative error of the loss and of each entry of the gradient. Wide enough for every peer: PyTorch rounds logarithms of
@@ -94,21 +94,12 @@ def test_cross_entropy(benchmark, request, case, operation, name):
             benchmark.pedantic(compute)
             return
         budget = config.getoption("bench_seconds")
-        seconds = warm_up(compute, budget / 2)
+        # The first calls with large new arrays are slow until the system has joined their pages.
+        seconds = min(times(compute, budget / 2, least=2, most=100))
         # A round is long enough for the clock; small calls have many, slow ones at least three.
         iterations = max(1, math.ceil(100e-6 / seconds))
         rounds = min(1000, max(math.ceil(budget / (seconds * iterations)), 3 if seconds > 1 else 5))
         benchmark.pedantic(compute, rounds=rounds, iterations=iterations)
-
-
-def warm_up(compute, budget):
-    """Seconds of the fastest call. The first ones with large new arrays are slow until the system has joined their pages."""
-    times = []
-    while len(times) < 2 or (sum(times) < budget and len(times) < 100):
-        start = time.perf_counter()
-        compute()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def first_result(compute):
