@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from conftest import same_bits
-from test_bits import layouts
+from test_bits import assert_outputs_have_the_bits_of_fresh_ones, layouts
 
 import pyx_xent as px
 from pyx_xent import reference
@@ -345,26 +345,7 @@ def test_result_does_not_depend_on_thread_count(isa, rng, half, many_threads, ro
 def test_outputs_that_are_given_have_the_bits_of_fresh_ones(isa, rng, half, classes, order):
     logits, target = problem(rng, (37, classes), half)
     logits = np.array(logits, order=order)
-    loss, grad = px.cross_entropy_with_grad(logits, target, reduction="none")
-    out, grad_out = np.empty_like(loss), np.full(logits.shape, np.nan, half)
-    result = px.cross_entropy_with_grad(logits, target, reduction="none", out=out, grad_out=grad_out)
-    assert result[0] is out
-    assert result[1] is grad_out
-    assert same_bits(out, loss)
-    assert same_bits(grad_out, grad)
-    spaced = np.full((37, 2 * classes), np.nan, half)
-    px.cross_entropy_with_grad(logits, target, reduction="none", grad_out=spaced[:, ::2])
-    assert same_bits(spaced[:, ::2], grad)
-    assert np.isnan(spaced[:, 1::2].astype(np.float32)).all()
-    unaligned = np.zeros(logits.nbytes + 1, np.uint8)[1:].view(half).reshape(logits.shape)
-    px.cross_entropy_with_grad(logits, target, reduction="none", grad_out=unaligned)
-    assert same_bits(unaligned, grad)
-    in_place = logits.copy(order="K")
-    assert px.cross_entropy_with_grad(in_place, target, reduction="none", grad_out=in_place)[1] is in_place
-    assert same_bits(in_place, grad)
-    total = np.empty((), half)
-    assert px.cross_entropy(logits, target, out=total) is total
-    assert same_bits(total, px.cross_entropy(logits, target))
+    assert_outputs_have_the_bits_of_fresh_ones(logits, target)
     softmax = np.empty((37, classes), half)
     assert px.softmax(logits, out=softmax) is softmax
     assert same_bits(softmax, px.softmax(logits))
