@@ -273,16 +273,6 @@ cdef void guess_reference(Block* b, floating compute) noexcept nogil:
             b.reference[l] = logit_of_target if logit_of_target > b.reference[l] else b.reference[l]
 
 
-cdef inline double power_of_two(double exponent) noexcept nogil:
-    # in   exponent   a whole number in (-1023, 1023), or NaN, which gives anything
-    cdef uint64_t bits
-    cdef double biased = exponent + (1023.0 + 4503599627370496.0), power      # + 2^52: the integer in the lowest bits
-    memcpy(&bits, &biased, 8)
-    bits = bits << 52
-    memcpy(&power, &bits, 8)
-    return power
-
-
 cdef void block_state(
     Block* b,
     bint keep_digits,                         # in   a confident row without excluded class leaves out its largest

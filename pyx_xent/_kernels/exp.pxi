@@ -108,6 +108,11 @@ cdef inline double two_to_lowest_bits_64(double sum_with_rounder) noexcept nogil
     return power
 
 
+cdef inline double power_of_two(double exponent) noexcept nogil:
+    # in   exponent   a whole number in (-1023, 1023), or NaN, which gives anything
+    return two_to_lowest_bits_64(ROUNDER + (1023.0 + exponent))
+
+
 cdef inline floating exp_parts(floating x, floating low, floating round_by, floating* power) noexcept nogil:
     # in   low, round_by   of the row: lowest(), rounder()
     # out  power           of two, or 0; the exponential is the returned significand, in [0.7, 1.42], times this

@@ -332,20 +332,19 @@ cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) no
     cdef floating* out = <floating*>pending.out + pending.done
     cdef floating scale = <floating>pending.scale
     cdef floating piece[(PIECE + 1) * LANES]
+    cdef floating* to
     cdef Py_ssize_t i
     if pending.classes == 0:
         return
     count = min(count, <Py_ssize_t>(PIECE * LANES))
     if pending.done == 0:                     # so that the next one begins where a line of memory begins
-        count += <Py_ssize_t>(-<uintptr_t>out % 64) // <Py_ssize_t>sizeof(floating)
+        count += bytes_to_line(out) // <Py_ssize_t>sizeof(floating)
     count = min(count, pending.classes - pending.done)
+    to = &piece[0] if pending.stream else out
+    for i in range(count):
+        to[i] = kept[i] * scale
     if pending.stream:
-        for i in range(count):
-            piece[i] = kept[i] * scale
-        stream_out(out, piece, count * sizeof(floating))
-    else:
-        for i in range(count):
-            out[i] = kept[i] * scale
+        stream_out(out, to, count * sizeof(floating))
     pending.done += count
     if pending.done == pending.classes:
         if pending.excluded >= 0:

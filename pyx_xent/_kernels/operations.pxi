@@ -32,7 +32,7 @@ cdef inline RowLoss loss_of_row(
     cdef double large = (a - at_excluded) - a * share
     row.loss = sample * (loss + (z_loss * lse * lse if z_loss != 0 else 0.0))
     row.at_excluded = g * (small if share > 0.5 else large)
-    row.scale = g * a / (total + of_excluded)
+    row.scale = g * a / (total + of_excluded)      # not with per_all: all entries would have its rounding, too
     row.unit = g * spread
     return row
 

@@ -195,11 +195,16 @@ cdef void store(
             i += 1
 
 
+cdef inline Py_ssize_t bytes_to_line(const void* address) noexcept nogil:
+    # Until a line of memory begins.
+    return <Py_ssize_t>(-<uintptr_t>address % 64)
+
+
 cdef void stream_out(void* data, const void* values, Py_ssize_t size) noexcept nogil:
     # Whole lines of memory past the caches; what is before and after them is stored as usual.
     cdef char* to = <char*>data
     cdef const char* source = <const char*>values
-    cdef Py_ssize_t head = min(<Py_ssize_t>(-<uintptr_t>to % 64), size), lines = (size - head) // 64, i
+    cdef Py_ssize_t head = min(bytes_to_line(to), size), lines = (size - head) // 64, i
     cdef Py_ssize_t tail = size - head - lines * 64
     memcpy(to, source, head)
     to += head

@@ -5,8 +5,8 @@ from cython.parallel cimport prange
 cdef enum Sum:                    # over the classes of a row; each has two numbers
     MAX_SUM                       # maximum, and sum of the exponentials
     CLASS_TERM                    # sums of w q' (maximum - x) and of w q'
-    DOT                           # sum of x * other, or of other if weight is not looked at; and nothing
-    SUM_OTHER
+    DOT                           # nothing, and sum of x * other
+    SUM_OTHER                     # nothing, and sum of other
 
 
 cdef inline Py_ssize_t segments_of(Py_ssize_t classes) noexcept nogil:
@@ -296,7 +296,7 @@ cdef void row_segment_entries(
     cdef floating end[LANES]
     cdef floating piece[PIECE * LANES]
     if work.stream:                           # from where a line of memory begins
-        head = <Py_ssize_t>(-<uintptr_t>out % 64) // <Py_ssize_t>sizeof(floating)
+        head = bytes_to_line(out) // <Py_ssize_t>sizeof(floating)
     tail = (size - head) % LANES
     # Both ends before the rest, because `out` may be `x` or `kept`.
     if head > 0:
