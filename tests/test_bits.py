@@ -331,6 +331,30 @@ def test_a_large_gradient_with_the_class_axis_inside_has_the_bits_of_class_axis_
     assert output.is_intact()
 
 
+@pytest.mark.parametrize("offset", [0, 1, 13])
+def test_large_planes_whatever_their_alignment_have_the_bits_of_class_axis_last(isa, dtype, rng, many_threads, offset):
+    # Each row of a plane is whole lines of memory from the class before: they are stored past the caches.
+    classes, inner = 21, 4096
+    outer = -(-STREAM_BYTES // (classes * inner * np.dtype(dtype).itemsize))
+    logits = np.resize(5 * rng.standard_normal(100_003).astype(dtype), (outer, inner, classes))
+    target = rng.integers(0, classes, (outer, inner))
+    target[:, ::7] = target[0, :40] = -100
+    inside = Guarded((outer, classes, inner), dtype, offset)
+    inside.array[...] = logits.swapaxes(1, 2)
+    output = Guarded(inside.array.shape, dtype, offset)
+    for options in ({}, {"label_smoothing": 0.1}):
+        expected = px.cross_entropy_with_grad(logits, target, axis=-1, reduction="none", **options)
+        result = px.cross_entropy_with_grad(
+            inside.array, target, reduction="none", grad_out=output.array, num_threads=3, **options
+        )
+        assert same_bits(result[0], expected[0])
+        assert np.array_equal(output.array, expected[1].swapaxes(1, 2))
+        assert output.is_intact()
+    px.softmax(inside.array, axis=1, out=output.array)
+    assert np.array_equal(output.array, px.softmax(logits).swapaxes(1, 2))
+    assert output.is_intact()
+
+
 def test_a_large_float16_gradient_has_the_bits_of_its_rows(isa, rng):
     logits, target = large_problem(rng, 4099, np.float16)
     options = {"reduction": "none"}

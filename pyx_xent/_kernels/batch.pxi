@@ -10,6 +10,7 @@ from cython.parallel cimport threadid
 from pyx_xent._arguments cimport SMALL_SCRATCH, Call
 
 cdef enum:
+    WORTH_ALIGNING = 1024         # rows side by side, of which a few are worth a tile of their own
     QUICK = 1024                  # so few elements are computed sooner than the GIL is given away and taken back
 
 
@@ -93,6 +94,7 @@ cdef void do_across(
         b.x[0], b.other[0], b.out[0] = x, other, out
         b.next_x = b.next_other = b.next_out = LANES
         b.work.stride, b.work.other_stride, b.work.out_stride = p.logits.classes, p.soft.classes, p.grad.classes
+        b.work.stream = p.stream and begins_lines(out, p.grad.classes * size_of(p.grad.storage))
         do_block[floating](b, 0)
         return
     b.x[0], b.other[0], b.out[0] = scratch, NULL, NULL
@@ -166,6 +168,13 @@ cdef void do_along(Block* b, Py_ssize_t outer, Py_ssize_t inner, floating* scrat
                 store(<const floating*>b.out[l], 1, p.classes, element(&p.grad, outer, inner + l), p.grad.storage, p.grad.classes)
 
 
+cdef inline Py_ssize_t rows_to_line(const Problem* p, Py_ssize_t outer, Py_ssize_t inner, floating compute) noexcept nogil:
+    # So many that the next tile begins where a line of memory does; a whole block if this one does.
+    cdef void* start = element(&p.grad if p.grad.data != NULL else &p.logits, outer, inner)
+    cdef Py_ssize_t head = bytes_to_line(start) // <Py_ssize_t>sizeof(floating)
+    return head if head > 0 else <Py_ssize_t>ROWS
+
+
 cdef void do_slice(
     const Problem* p, Py_ssize_t position, Py_ssize_t end,     # in   these positions
     floating* scratch,                        # (3, scratch_size)
@@ -203,17 +212,22 @@ cdef void do_slice(
         rows = min(rows, p.rows_together)
         if across and rows > LANES:
             rows -= rows % LANES
+            if direct and p.inner >= WORTH_ALIGNING:
+                rows = min(rows, rows_to_line[floating](p, outer, inner, 0))
         block.position = position
         block.rows = <int>rows
         block.lanes = <int>(rows + LANES - 1) // LANES * LANES
         for l in range(block.lanes):
             block.base[l] = 0
             block.excluded[l] = -1
+            block.dead[l] = 1
         if p.target != NULL:
             for l in range(block.rows):
                 block.excluded[l] = p.target[position + l]
-        for l in range(block.lanes):
-            block.dead[l] = 1 if l >= block.rows or (p.target != NULL and block.excluded[l] < 0) else 0
+                block.dead[l] = 1.0 if p.target[position + l] < 0 else 0.0
+        else:
+            for l in range(block.rows):
+                block.dead[l] = 0
         block.live = 0
         for l in range(block.rows):
             block.live += block.dead[l] == 0

@@ -23,22 +23,28 @@ cdef struct Block:
     void* moved                   # scratch for rows whose logits are too large: (rows, classes); across: (tiles, classes, LANES)
     double dead[ROWS]            # not 0: an ignored row, or none
     int live
+    bint want_log_total           # of each row; else only where a row `is_far`
+    bint have_log_total
     double excluded[ROWS]         # the class left out of `total`, or -1: as double, to be vectorised
     double base[ROWS]            # already subtracted from the logits; 0 but for very large ones
     double reference[ROWS]       # less base, as all that follows
     double exponent[ROWS]
+    double low[ROWS]              # see exp_parts
+    double round_by[ROWS]
     double maximum[ROWS]
     # Exponentials, all 2^(headroom - exponent_of(maximum)) times too large:
     double total[ROWS]            # the sum of all classes but the one that is left out
-    double of_max[ROWS]           # of the maximum
+    double of_max[ROWS]           # of the maximum; only if have_log_total
     double of_excluded[ROWS]      # of the class left out, or 0
     double to_maximum[ROWS]       # those that the sum has kept, times this power of two
     double term[ROWS]
     double mass[ROWS]
     double scale[ROWS]           # of e^(x - maximum) in the gradient
     double unit[ROWS]            # of w_c q'_c in the gradient
-    double at_excluded_logit[ROWS]    # the logit of the class left out, less the maximum; -inf if there is none
+    double excluded_logit[ROWS]   # of the class left out; -inf if there is none
+    double above_maximum[ROWS]    # the same, less the maximum
     double at_excluded[ROWS]      # the gradient of that class
+    double of_row[5 * LANES]      # numbers of one row, each repeated for the lanes
     double loss[ROWS]
 
 
@@ -97,40 +103,36 @@ cdef void block_largest(Block* b, Py_ssize_t classes, double* largest, floating 
 cdef void sum_across(
     Block* b, Sum kind, const double* left_out, const double* skip, bint keep, double* first, double* second, floating compute
 ) noexcept nogil:
-    cdef double tile_first[LANES]
-    cdef double tile_second[LANES]
-    cdef double room = headroom[floating](0)
-    cdef int l, k
+    cdef double tile_first[ROWS]
+    cdef double tile_second[ROWS]
+    cdef int l
     for l from 0 <= l < b.lanes by LANES:
         select_tile[floating](b, l // LANES, 0)
         if not keep:
             b.work.kept = NULL
-        memcpy(b.work.left_out, left_out + l, sizeof(b.work.low))
-        memcpy(b.work.reference, b.maximum + l, sizeof(b.work.low))
-        for k in range(LANES):
-            b.work.low[k] = lowest[floating](b.exponent[l + k], room, 0)
-            b.work.round_by[k] = rounder[floating](b.exponent[l + k], room, 0)
-        tile_sum[floating](&b.work, kind, tile_first, tile_second, 0)
-        for k in range(LANES):
-            first[l + k] = tile_first[k] if skip[l + k] == 0 else first[l + k]
-            second[l + k] = tile_second[k] if skip[l + k] == 0 else second[l + k]
+        b.work.low, b.work.round_by = b.low + l, b.round_by + l
+        b.work.left_out, b.work.reference = left_out + l, b.maximum + l
+        b.work.left_out_logit = b.excluded_logit + l
+        tile_sum[floating](&b.work, kind, tile_first + l, tile_second + l, 0)
+    for l in range(b.lanes):
+        first[l] = tile_first[l] if skip[l] == 0 else first[l]
+        second[l] = tile_second[l] if skip[l] == 0 else second[l]
 
 
 cdef void sum_along(
     Block* b, Sum kind, const double* left_out, const double* skip, bint keep, double* first, double* second, floating compute
 ) noexcept nogil:
     cdef RowSum rows[ROWS]
-    cdef double room = headroom[floating](0)
     cdef int l
+    b.work.reference = b.of_row
     for l in range(b.rows):
         if skip[l] == 0:
             select_row(b, l)
-            b.work.kept = b.kept[l] if keep else NULL
-            b.work.low[0] = lowest[floating](b.exponent[l], room, 0)
-            b.work.round_by[0] = rounder[floating](b.exponent[l], room, 0)
-            b.work.left_out[0] = left_out[l]
+            if not keep:
+                b.work.kept = NULL
+            b.work.low, b.work.round_by, b.work.left_out = b.low + l, b.round_by + l, left_out + l
             if kind == CLASS_TERM:
-                fill(b.work.reference, b.maximum[l])
+                fill(b.of_row, b.maximum[l])
             row_sum[floating](&b.work, kind, b.problem, rows + l, 0)
     for l in range(b.rows):
         if skip[l] == 0:
@@ -153,32 +155,28 @@ cdef inline void block_sum(
 
 
 cdef void block_entries(
-    Block* b, Operation operation, const double* low, const double* round_by, const double* reference,
-    const double* scale, const double* unit, floating compute,
+    Block* b, Operation operation, const double* scale, const double* unit, floating compute
 ) noexcept nogil:
+    cdef double* lanes = b.of_row
     cdef int l
     if b.work.across:
         for l from 0 <= l < b.lanes by LANES:
             select_tile[floating](b, l // LANES, 0)
-            memcpy(b.work.low, low + l, sizeof(b.work.low))
-            memcpy(b.work.round_by, round_by + l, sizeof(b.work.low))
-            memcpy(b.work.reference, reference + l, sizeof(b.work.low))
-            memcpy(b.work.scale, scale + l, sizeof(b.work.low))
-            memcpy(b.work.unit, unit + l, sizeof(b.work.low))
-            memcpy(b.work.dead, b.dead + l, sizeof(b.work.low))
-            b.work.has_dead = b.live < b.lanes
+            b.work.low, b.work.round_by, b.work.reference = b.low + l, b.round_by + l, b.maximum + l
+            b.work.scale, b.work.unit = scale + l, unit + l
+            b.work.dead, b.work.excluded, b.work.at_excluded = b.dead + l, b.excluded + l, b.at_excluded + l
             entries[floating](&b.work, operation, 0, b.work.classes, <floating*>b.work.out, b.work.out_stride)
         return
-    fill[double](b.work.dead, 0)
-    b.work.has_dead = False
+    b.work.low, b.work.round_by, b.work.reference = lanes, lanes + LANES, lanes + 2 * LANES
+    b.work.scale, b.work.unit = lanes + 3 * LANES, lanes + 4 * LANES
     for l in range(b.rows):
         if b.dead[l] == 0:
             select_row(b, l)
-            fill(b.work.low, low[l])
-            fill(b.work.round_by, round_by[l])
-            fill(b.work.reference, reference[l])
-            fill(b.work.scale, scale[l])
-            fill(b.work.unit, unit[l])
+            fill(lanes, b.low[l])
+            fill(lanes + LANES, b.round_by[l])
+            fill(lanes + 2 * LANES, b.maximum[l])
+            fill(lanes + 3 * LANES, scale[l])
+            fill(lanes + 4 * LANES, unit[l])
             row_entries[floating](&b.work, operation, b.problem, 0)
 
 
@@ -218,23 +216,33 @@ cdef inline bint too_large(double reference, floating compute) noexcept nogil:
     return reference != -INFINITY and fabs(reference) >= largest_logit(compute)
 
 
-cdef inline bint misses(const Block* b, int l, floating compute) noexcept nogil:
-    # Was the row summed with a reference too far from its maximum, or not moved although that is too large?
-    cdef double reference = 0.0 if b.reference[l] == -INFINITY else b.reference[l]
-    return b.dead[l] == 0 and (
-        b.maximum[l] > reference + window(compute) or -INFINITY < b.maximum[l] < reference
-        or too_large(b.maximum[l], compute)
-    )
+cdef inline double hits(double maximum, double reference, floating compute) noexcept nogil:
+    # 1, or 0 if the row was summed with a reference too far from its maximum, or not moved although that is too large. No
+    # branches, to be vectorised.
+    cdef double near = 0.0 if reference == -INFINITY else reference
+    cdef double below = 0.0 if maximum > near + window(compute) else 1.0
+    cdef double above = 0.0 if maximum < near else 1.0
+    cdef double small = 0.0 if fabs(maximum) >= largest_logit(compute) else 1.0
+    return 1.0 if maximum == -INFINITY else below * above * small
+
+
+cdef inline bint any_zero(const double* flags, int count) noexcept nogil:
+    cdef int l
+    cdef int64_t found = 0
+    for l in range(count):
+        found |= flags[l] == 0
+    return found != 0
 
 
 cdef void settle_reference(Block* b, floating compute) noexcept nogil:
     # The exponent that goes with each reference. Rows beyond largest_logit are moved by their maximum first.
     cdef double base[ROWS]
     cdef double largest[ROWS]
-    cdef int l, large = 0
+    cdef double room = headroom[floating](0)
+    cdef int l
     for l in range(b.lanes):
-        large |= too_large[floating](b.reference[l], 0)
-    if large:
+        base[l] = 0.0 if too_large[floating](b.reference[l], 0) else 1.0
+    if any_zero(base, b.lanes):
         block_largest[floating](b, b.work.classes, largest, 0)
         for l in range(b.lanes):
             base[l] = 0.0
@@ -246,6 +254,8 @@ cdef void settle_reference(Block* b, floating compute) noexcept nogil:
         block_move[floating](b, base, 0)
     for l in range(b.lanes):
         b.exponent[l] = exponent_of(b.reference[l])
+        b.low[l] = lowest[floating](b.exponent[l], room, 0)
+        b.round_by[l] = rounder[floating](b.exponent[l], room, 0)
 
 
 cdef void guess_reference(Block* b, floating compute) noexcept nogil:
@@ -283,28 +293,29 @@ cdef void block_state(
     cdef double without[ROWS]
     cdef double room = headroom[floating](0)
     cdef double skip[ROWS]
-    cdef int l, missed = 0, confident = 0
+    cdef int l, confident = 0
     for l in range(b.lanes):
         b.reference[l] = 0
         b.maximum[l] = 0
         b.total[l] = 1
+        b.excluded_logit[l] = -INFINITY       # across, the sum finds it
     guess_reference[floating](b, 0)
     settle_reference[floating](b, 0)
     block_sum[floating](b, MAX_SUM, b.excluded, b.dead, True, b.maximum, b.total, 0)
     for l in range(b.lanes):
-        missed |= misses[floating](b, l, 0)
-    if missed:
+        skip[l] = 1.0 if b.dead[l] != 0 else hits[floating](b.maximum[l], b.reference[l], 0)
+    if any_zero(skip, b.lanes):
         for l in range(b.lanes):
-            skip[l] = 1
-            if misses[floating](b, l, 0):
-                b.reference[l] = b.maximum[l]
-                skip[l] = 0
+            b.reference[l] = b.maximum[l] if skip[l] == 0 else b.reference[l]
+            b.excluded_logit[l] = -INFINITY
         settle_reference[floating](b, 0)
         block_sum[floating](b, MAX_SUM, b.excluded, skip, True, b.maximum, b.total, 0)
     for l in range(b.lanes):
         # The units of the reference, guessed or not, become those of the maximum: a power of two, which is exact.
         b.to_maximum[l] = power_of_two(b.exponent[l] - exponent_of(b.maximum[l]))
         b.total[l] *= b.to_maximum[l]
+    if not b.work.across:
+        find_excluded_logits[floating](b, 0)
     exponentials_of_state[floating](b, 0)
     if not keep_digits:
         return
@@ -322,31 +333,36 @@ cdef void block_state(
             if skip[l] == 0:
                 b.total[l] *= b.to_maximum[l]
                 b.excluded[l] = without[l]
+                b.excluded_logit[l] = b.maximum[l]
         exponentials_of_state[floating](b, 0)
+
+
+cdef void find_excluded_logits(Block* b, floating compute) noexcept nogil:
+    cdef int l
+    for l in range(b.lanes):
+        b.excluded_logit[l] = -INFINITY
+    for l in range(b.rows):
+        if b.excluded[l] >= 0:
+            b.excluded_logit[l] = entry[floating](b, b.x, b.next_x, b.work.stride, l, <Py_ssize_t>b.excluded[l], 0)[0]
+
+
+cdef inline bint is_far(double above_maximum) noexcept nogil:
+    # So small beside the maximum that its exponential may be no normal number.
+    return not above_maximum > -600.0
 
 
 cdef void exponentials_of_state(Block* b, floating compute) noexcept nogil:
     cdef double room = headroom[floating](0)
-    cdef double x[ROWS]
-    cdef const floating* tile
-    cdef Py_ssize_t stride = b.work.stride
-    cdef int l, k
+    cdef double near[ROWS]
+    cdef int l
     for l in range(b.lanes):
-        b.of_max[l] = exp_in_double[floating](b.maximum[l], exponent_of(b.maximum[l]), room, 0)
-        x[l] = -INFINITY
-    if b.work.across:
-        for l from 0 <= l < b.lanes by LANES:
-            tile = <const floating*>b.x[0] + l // LANES * b.next_x
-            for k in range(LANES):
-                if b.excluded[l + k] >= 0:
-                    x[l + k] = tile[<Py_ssize_t>b.excluded[l + k] * stride + k]
-    else:
-        for l in range(b.rows):
-            if b.excluded[l] >= 0:
-                x[l] = (<const floating*>b.x[l])[<Py_ssize_t>b.excluded[l]]
-    for l in range(b.lanes):
-        b.at_excluded_logit[l] = x[l] - b.maximum[l]
-        b.of_excluded[l] = exp_in_double[floating](x[l], exponent_of(b.maximum[l]), room, 0)
+        b.above_maximum[l] = b.excluded_logit[l] - b.maximum[l]
+        b.of_excluded[l] = exp_in_double[floating](b.excluded_logit[l], exponent_of(b.maximum[l]), room, 0)
+        near[l] = 0.0 if b.excluded[l] >= 0 and is_far(b.above_maximum[l]) else 1.0
+    b.have_log_total = b.want_log_total or any_zero(near, b.lanes)
+    if b.have_log_total:
+        for l in range(b.lanes):
+            b.of_max[l] = exp_in_double[floating](b.maximum[l], exponent_of(b.maximum[l]), room, 0)
 
 
 cdef void take_state(Block* b, floating compute) noexcept nogil:
@@ -366,6 +382,7 @@ cdef void take_state(Block* b, floating compute) noexcept nogil:
             if b.dead[l] == 0 and b.total[l] <= 0 and copysign(1.0, b.total[l]) < 0:      # see give_state
                 b.total[l] = -b.total[l]
                 b.excluded[l] = position_of[floating](b, l, <floating>b.maximum[l])
+    find_excluded_logits[floating](b, 0)
     exponentials_of_state[floating](b, 0)
 
 
@@ -391,11 +408,8 @@ cdef inline bint stays_normal(double scale, floating compute) noexcept nogil:
 cdef void block_gradient(Block* b, Operation operation, floating compute) noexcept nogil:
     # scale * e^(x - maximum) - unit * w q': from the exponentials that the sum has kept, or from those computed again. Both
     # have the same bits, a power of two apart, as long as it leaves the scale a normal number.
-    cdef double low[ROWS]
-    cdef double round_by[ROWS]
     cdef double scale[ROWS]
     cdef double room[ROWS]
-    cdef double exponent[ROWS]
     cdef int l
     cdef bint kept = b.problem.keep and not b.problem.have_state
     if b.work.pending != NULL:                # what the sum of this row has left of the one before: from here on it is ours
@@ -407,14 +421,14 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
     if not kept:
         for l in range(b.lanes):
             b.kept[l] = NULL
-            exponent[l] = exponent_of(b.maximum[l])
+            b.exponent[l] = exponent_of(b.maximum[l])
             room[l] = headroom[floating](0) if stays_normal[floating](b.scale[l], 0) else 0.0
-            low[l] = lowest[floating](exponent[l], room[l], 0)
-            round_by[l] = rounder[floating](exponent[l], room[l], 0)
+            b.low[l] = lowest[floating](b.exponent[l], room[l], 0)
+            b.round_by[l] = rounder[floating](b.exponent[l], room[l], 0)
             scale[l] = b.scale[l] * power_of_two(headroom[floating](0) - room[l])
     elif b.work.pending != NULL and not b.work.has_class_term:
         b.work.pending.kept, b.work.pending.out, b.work.pending.scale = b.kept[0], b.out[0], scale[0]
         b.work.pending.stream, b.work.pending.classes, b.work.pending.done = b.work.stream, b.work.classes, 0
         b.work.pending.excluded = -1
         return
-    block_entries[floating](b, operation, low, round_by, b.maximum, scale, b.unit, 0)
+    block_entries[floating](b, operation, scale, b.unit, 0)

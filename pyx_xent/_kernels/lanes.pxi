@@ -66,19 +66,22 @@ cdef struct Work:
     void* kept                    # out, then in   the exponentials, (classes,) or (classes, LANES); +0 for the class left out
     void* out                     # out  like x, may be x itself or kept
     Py_ssize_t out_stride
-    bint stream                   # store `out` past the caches
+    bint stream                   # store `out` past the caches; across: its strips are whole lines of memory
     const void* next              # the memory that is read after this row; NULL: not known
     Pending* pending              # NULL: none
-    # One for each lane; all the same if not across.
-    double low[LANES]             # see exp_parts
-    double round_by[LANES]
-    double left_out[LANES]        # the class that is not added, or -1
-    double reference[LANES]       # the maximum
-    double scale[LANES]           # of the exponentials
-    double unit[LANES]            # of w q'
+    # (LANES,)  one for each lane. Not across: all the same, but for the sum of exponentials, which reads the first.
+    const double* low             # see exp_parts
+    const double* round_by
+    const double* left_out        # the class that is not added, or -1
+    const double* reference       # the maximum
+    const double* scale           # of the exponentials
+    const double* unit            # of w q'
     bint has_class_term           # unit is not 0
-    double dead[LANES]            # not 0: an ignored row, its gradient is 0
-    bint has_dead
+    # Across:
+    double* left_out_logit        # out  that of the class that is not added, if there is one
+    const double* dead            # not 0: an ignored row, its gradient is 0
+    const double* excluded        # the class with an entry of its own, or -1
+    const double* at_excluded
 
 
 cdef void fill(floating* lanes, floating value) noexcept nogil:
@@ -127,7 +130,7 @@ cdef double fold_sum(double* lanes, floating compute) noexcept nogil:
 
 
 cdef void fold_tile(
-    double* sums,                             # in   (residues, LANES)  overwritten
+    double* sums,                             # in   (residues, LANES) of (LANES, LANES)  overwritten
     int residues, double* total,              # out  (LANES,)
     floating compute,
 ) noexcept nogil:
@@ -136,18 +139,20 @@ cdef void fold_tile(
     cdef double lost[LANES * LANES]
     if floating is double:
         memset(lost, 0, sizeof(lost))
-    while half > 0:
-        for j in range(min(half, residues - half)):
-            for l in range(LANES):
-                if floating is double:
+        while half > 0:
+            for j in range(min(half, residues - half)):
+                for l in range(LANES):
                     lost[j * LANES + l] += lost[(j + half) * LANES + l]
-                add_to[floating](&sums[j * LANES + l], sums[(j + half) * LANES + l], &lost[j * LANES + l], 0)
-        half = half // 2
-    for l in range(LANES):
-        if floating is double:
+                    add_to[floating](&sums[j * LANES + l], sums[(j + half) * LANES + l], &lost[j * LANES + l], 0)
+            half = half // 2
+        for l in range(LANES):
             total[l] = finite_sum(sums[l], lost[l])
-        else:
-            total[l] = sums[l]
+    else:                                      # two levels at a time: half as often to memory and back
+        memset(sums + residues * LANES, 0, (LANES - residues) * LANES * sizeof(double))
+        for j in range(4 * LANES):
+            sums[j] = (sums[j] + sums[j + 8 * LANES]) + (sums[j + 4 * LANES] + sums[j + 12 * LANES])
+        for l in range(LANES):
+            total[l] = (sums[l] + sums[l + 2 * LANES]) + (sums[l + LANES] + sums[l + 3 * LANES])
 
 
 cdef floating fold_max(const floating* lanes) noexcept nogil:
@@ -362,14 +367,17 @@ cdef void tile_exponentials(
     const floating* low, const floating* round_by,
     const floating* left_out,                                 # in   of each lane: a class, counted from the first of these
     floating* exponentials,                                   # out  (count, LANES)  +0 for the class left out
-    floating* maximum,                                        # in/out
+    floating* maximum, floating* left_out_logit,              # in/out   the latter as it was if its class is not here
 ) noexcept nogil:
     cdef int i, l
+    cdef floating v
     cdef floating b[LANES]
     cdef floating r[LANES]
     cdef floating m[LANES]
     cdef floating out[LANES]
+    cdef floating y[LANES]
     cdef floating e[LANES]
+    memcpy(y, left_out_logit, sizeof(y))
     memcpy(b, low, sizeof(b))
     memcpy(r, round_by, sizeof(r))
     memcpy(m, maximum, sizeof(m))
@@ -377,18 +385,21 @@ cdef void tile_exponentials(
     for i in range(count):
         prefetch(x + i * stride + AHEAD_ACROSS)
         for l in range(LANES):
-            e[l] = x[i * stride + l]
-            m[l] = e[l] if e[l] > m[l] else m[l]
-            e[l] = exp_shifted(e[l], b[l], r[l])
-            e[l] = 0 if <floating>i == out[l] else e[l]
+            v = x[i * stride + l]
+            m[l] = v if v > m[l] else m[l]
+            y[l] = v if out[l] == 0 else y[l]
+            v = exp_shifted(v, b[l], r[l])
+            e[l] = 0 if out[l] == 0 else v
+            out[l] -= 1
         for l in range(LANES):
             exponentials[i * LANES + l] = e[l]
     memcpy(maximum, m, sizeof(m))
+    memcpy(left_out_logit, y, sizeof(y))
 
 
 cdef void tile_add(
     const floating* exponentials, int count,                  # in   (count, LANES), count <= GROUP * LANES
-    bint first,                                               # in   nothing has been added before
+    int fresh,                                                # in   to so many of the sums nothing has been added before
     double* sums, double* lost,                               # in/out   (min(count, LANES), LANES)
 ) noexcept nogil:
     # One group of each partial sum.
@@ -402,7 +413,7 @@ cdef void tile_add(
             for i from j + LANES <= i < count by LANES:
                 for l in range(LANES):
                     s[l] += exponentials[i * LANES + l]
-            if first:
+            if j < fresh:
                 for l in range(LANES):
                     d[l] = s[l]
             else:
@@ -410,7 +421,7 @@ cdef void tile_add(
                 for l in range(LANES):
                     d[l] += s[l]
         else:
-            if first:
+            if j < fresh:
                 memset(d, 0, sizeof(d))
                 memset(c, 0, sizeof(c))
             else:
@@ -624,19 +635,57 @@ cdef void lanes_minus(
                 grad[i * grad_stride + l] = plus_product(grad[i * grad_stride + l], -u[l], coefficients[i * LANES + l])
 
 
-cdef void lanes_clear(
-    const double* dead, Py_ssize_t count,
-    floating* grad, Py_ssize_t grad_stride,                   # in/out   (count, LANES)  0 in the dead lanes
+cdef void tile_finished(
+    const floating* values, Py_ssize_t count,                 # in   (count, LANES)
+    const double* scale,
+    const double* dead,                                       # in   not 0: 0 instead
+    Py_ssize_t first,                                         # in   the class of the first of these
+    const double* excluded, const double* at_excluded,        # in   of each lane: a class, or -1, and its entry
+    floating* finished,                                       # out  (count or, if that is odd, one more, LANES)
+) noexcept nogil:
+    # Two strips at a time: a loop of 16 so short as this gcc takes apart into scalars.
+    cdef Py_ssize_t i
+    cdef int l
+    cdef const floating* source
+    cdef floating k[2 * LANES]
+    cdef floating y[2 * LANES]
+    cdef floating at_y[2 * LANES]
+    cdef floating zero[2 * LANES]
+    cdef floating last[2 * LANES]
+    for l in range(LANES):
+        k[l] = k[l + LANES] = <floating>scale[l]
+        y[l] = <floating>(excluded[l] - <double>first)
+        y[l + LANES] = y[l] - 1
+        at_y[l] = at_y[l + LANES] = <floating>at_excluded[l]
+        zero[l] = zero[l + LANES] = <floating>dead[l]
+    for i from 0 <= i < count by 2:
+        source = values + i * LANES
+        if i + 1 == count:
+            memset(last, 0, sizeof(last))
+            memcpy(last, source, LANES * sizeof(floating))
+            source = last
+        for l in range(2 * LANES):
+            finished[i * LANES + l] = source[l] * k[l]
+            finished[i * LANES + l] = at_y[l] if y[l] == <floating>i else finished[i * LANES + l]
+            finished[i * LANES + l] = finished[i * LANES + l] if zero[l] == 0 else 0
+
+
+cdef void tile_put(
+    const floating* values, Py_ssize_t count,                 # in   (count, LANES)
+    floating* out, Py_ssize_t out_stride,                     # out  (count, LANES)
+    bint stream,                                              # in   past the caches: each strip begins where a line of memory does
 ) noexcept nogil:
     cdef Py_ssize_t i
     cdef int l
-    cdef floating v[LANES]
-    for i in range(count):
-        for l in range(LANES):
-            v[l] = grad[i * grad_stride + l]
-            v[l] = 0 if dead[l] != 0 else v[l]
-        for l in range(LANES):
-            grad[i * grad_stride + l] = v[l]
+    if stream:
+        for i in range(count):
+            stream_line(out + i * out_stride, values + i * LANES)
+            if floating is double:
+                stream_line(out + i * out_stride + LANES // 2, values + i * LANES + LANES // 2)
+    else:
+        for i in range(count):
+            for l in range(LANES):
+                out[i * out_stride + l] = values[i * LANES + l]
 
 
 cdef void lanes_log_softmax(

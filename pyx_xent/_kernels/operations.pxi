@@ -49,17 +49,24 @@ cdef void block_loss(
     # loss_of_row for each lane, in loops that the compiler vectorises.
     cdef const Problem* p = b.problem
     cdef double spread = p.label_smoothing / p.classes if p.target != NULL else 1.0
-    cdef double nll_counts = 1.0 if p.target != NULL else 0.0
     cdef double z_loss = p.z_loss
     cdef double log_total[ROWS]
+    cdef double nll[ROWS]
     cdef RowLoss row
     cdef int l
     for l in range(b.lanes):
-        log_total[l] = log_total_of(b, l)
+        log_total[l] = 0
+        nll[l] = 0
+    if b.have_log_total:
+        for l in range(b.lanes):
+            log_total[l] = log_total_of(b, l)
+    if p.target != NULL:
+        for l in range(b.lanes):
+            nll[l] = log1p_of_sum(b.total[l] / b.of_excluded[l])
+            nll[l] = log_total[l] - b.above_maximum[l] if is_far(b.above_maximum[l]) else nll[l]
     for l in range(b.lanes):
         row = loss_of_row(
-            b.maximum[l] + b.base[l], b.total[l], b.of_excluded[l], log_total[l], hard[l],
-            log_total[l] - b.at_excluded_logit[l] if nll_counts != 0 else 0.0, spread,
+            b.maximum[l] + b.base[l], b.total[l], b.of_excluded[l], log_total[l], hard[l], nll[l], spread,
             b.term[l], b.mass[l], excluded_mass[l], z_loss, sample[l], g[l],
         )
         b.loss[l] = row.loss
@@ -82,6 +89,7 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     b.work.keep = 1.0 - p.label_smoothing
     b.work.spread = p.label_smoothing / p.classes if soft else 0.0
     b.work.has_class_term = soft or p.label_smoothing != 0
+    b.want_log_total = b.work.has_class_term or p.z_loss != 0
     if p.have_state:
         take_state[floating](b, 0)
     else:
@@ -129,23 +137,27 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
         b.work.pending.excluded = <Py_ssize_t>b.excluded[0]
         b.work.pending.at_excluded = b.at_excluded[0]
         return
-    for l in range(b.rows):
-        if b.dead[l] == 0 and b.excluded[l] >= 0:
-            c = <Py_ssize_t>b.excluded[l]
-            entry[floating](b, b.out, b.next_out, b.work.out_stride, l, c, 0)[0] = <floating>b.at_excluded[l]
+    if not b.work.across:
+        for l in range(b.rows):
+            if b.dead[l] == 0 and b.excluded[l] >= 0:
+                (<floating*>b.out[l])[<Py_ssize_t>b.excluded[l]] = <floating>b.at_excluded[l]
 
 
 cdef void block_softmax(Block* b, floating compute) noexcept nogil:
     cdef bint logarithm = b.problem.operation == LOG_SOFTMAX
     cdef int l
     b.work.has_class_term = False
+    b.want_log_total = logarithm
     b.work.weight = NULL
     block_state[floating](b, logarithm, 0)
     for l in range(b.lanes):
         b.scale[l] = 1.0 / (b.total[l] + b.of_excluded[l])
-        b.unit[l] = log_total_of(b, l)
+        b.unit[l] = 0
+        b.at_excluded[l] = 0                  # nobody's: no class is left out
     if logarithm:
-        block_entries[floating](b, LOG_SOFTMAX, b.exponent, b.exponent, b.maximum, b.scale, b.unit, 0)
+        for l in range(b.lanes):
+            b.unit[l] = log_total_of(b, l)
+        block_entries[floating](b, LOG_SOFTMAX, b.scale, b.unit, 0)
     else:
         block_gradient[floating](b, SOFTMAX, 0)
 
@@ -154,8 +166,6 @@ cdef void block_backward(Block* b, floating compute) noexcept nogil:
     # Of softmax and log_softmax; x is their output, other the upstream gradient.
     cdef Operation operation = b.problem.operation
     cdef double room = headroom[floating](0)
-    cdef double low[ROWS]
-    cdef double round_by[ROWS]
     cdef double nothing[ROWS]
     cdef int l
     b.work.weight = NULL
@@ -171,12 +181,12 @@ cdef void block_backward(Block* b, floating compute) noexcept nogil:
     for l in range(b.lanes):
         # total * e^x = scale * (the shifted exponential of x)
         b.exponent[l] = exponent_of(b.maximum[l])
-        low[l] = lowest[floating](b.exponent[l], room, 0)
-        round_by[l] = rounder[floating](b.exponent[l], room, 0)
+        b.low[l] = lowest[floating](b.exponent[l], room, 0)
+        b.round_by[l] = rounder[floating](b.exponent[l], room, 0)
         b.scale[l] = 0.0
         if b.maximum[l] != -INFINITY:
             b.scale[l] = b.total[l] * (exp(b.maximum[l]) / exp_in_double[floating](b.maximum[l], b.exponent[l], room, 0))
-    block_entries[floating](b, operation, low, round_by, b.maximum, b.scale, b.total, 0)
+    block_entries[floating](b, operation, b.scale, b.total, 0)
 
 
 cdef void do_block(Block* b, floating compute) noexcept nogil:

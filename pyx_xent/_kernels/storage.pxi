@@ -195,6 +195,11 @@ cdef void store(
             i += 1
 
 
+cdef inline bint begins_lines(const void* address, Py_ssize_t step) noexcept nogil:
+    # Is a line of memory begun at each step?
+    return (<uintptr_t>address | <size_t>step) % 64 == 0
+
+
 cdef inline Py_ssize_t bytes_to_line(const void* address) noexcept nogil:
     # Until a line of memory begins.
     return <Py_ssize_t>(-<uintptr_t>address % 64)

@@ -118,30 +118,32 @@ cdef void tile_segment(
     cdef floating low[LANES]
     cdef floating round_by[LANES]
     cdef floating left_out[LANES]
+    cdef floating left_out_logit[LANES]
     cdef floating maximum[LANES]
     cdef floating buffer[GROUP * LANES * LANES]
     cdef floating* exponentials
     cdef double a[LANES * LANES]
     cdef double b[LANES * LANES]
     if kind == MAX_SUM:
-        if floating is double:
-            memset(a, 0, residues * LANES * sizeof(double))      # what compensation has lost
-        if tail > 0 and strips > 0:           # the first group is not the one that comes to each residue
-            memset(b, 0, residues * LANES * sizeof(double))
         rounded(work.low, low)
         rounded(work.round_by, round_by)
         fill[floating](maximum, -INFINITY)
+        fill[floating](left_out_logit, -INFINITY)
         for group in range(-1 if tail > 0 else 0, (strips + GROUP - 1) // GROUP):
             c = group * GROUP * LANES if group >= 0 else whole                    # what is after the whole strips is first
             count = <int>min(<Py_ssize_t>(GROUP * LANES), whole - c) if group >= 0 else tail
             for l in range(LANES):
                 left_out[l] = <floating>(work.left_out[l] - <double>(start + c))
             exponentials = kept + c * LANES if kept != NULL else buffer
-            tile_exponentials(x + c * work.stride, work.stride, count, low, round_by, left_out, exponentials, maximum)
+            tile_exponentials(x + c * work.stride, work.stride, count, low, round_by, left_out, exponentials, maximum, left_out_logit)
+            # After the tail the first residues are still without a sum.
             j = offset * LANES if group < 0 else 0
-            tile_add(exponentials, count, group == 0 and tail == 0 or strips == 0, b + j, a + j)
+            tile_add(exponentials, count, LANES if group < 0 else (offset if tail > 0 else LANES) if group == 0 else 0, b + j, a + j)
         for l in range(LANES):
             first[l] = maximum[l]
+        for l in range(LANES):
+            if start <= work.left_out[l] < start + size:
+                work.left_out_logit[l] = left_out_logit[l]
         fold_tile[floating](b, residues, second, 0)
         return
     memset(a, 0, residues * LANES * sizeof(double))
@@ -251,24 +253,34 @@ cdef void gradient(
     const Work* work, Py_ssize_t first, Py_ssize_t count, floating* grad, Py_ssize_t grad_stride
 ) noexcept nogil:
     # scale * e^(x - maximum) - unit * w q': strips from the class `first` on (across: classes)
-    cdef Py_ssize_t done = 0, piece, at, classes = 1 if work.across else LANES
+    cdef Py_ssize_t done = 0, piece, at, classes = 1 if work.across else LANES, to_stride = LANES if work.across else grad_stride
+    cdef bint as_kept = work.across and work.kept != NULL and not work.has_class_term      # nothing between kept and finished
+    cdef double one[LANES]
+    cdef floating coefficients[PIECE * LANES]
     cdef floating buffer[PIECE * LANES]
+    cdef floating finished[PIECE * LANES]
     cdef floating* to
+    fill[double](one, 1)
     while done < count:
         piece = min(<Py_ssize_t>PIECE, count - done)
         at = first + done * classes
-        to = grad + done * grad_stride
-        if work.kept != NULL:
-            lanes_scaled(<const floating*>work.kept + (at * LANES if work.across else at), piece, work.scale, to, grad_stride)
+        to = &buffer[0] if work.across else grad + done * grad_stride
+        if as_kept:
+            to = <floating*>work.kept + at * LANES
+        elif work.kept != NULL:
+            lanes_scaled(<const floating*>work.kept + (at * LANES if work.across else at), piece, work.scale, to, to_stride)
         else:
             lanes_exponentials(
                 <const floating*>work.x + (at * work.stride if work.across else at), work.stride if work.across else LANES,
-                piece, work.low, work.round_by, work.scale, to, grad_stride,
+                piece, work.low, work.round_by, work.scale, to, to_stride,
             )
         if work.has_class_term:
-            lanes_minus(coefficients_of(work, at, 1, piece, buffer), piece, work.unit, to, grad_stride)
-        if work.has_dead:
-            lanes_clear(work.dead, piece, to, grad_stride)
+            lanes_minus(coefficients_of(work, at, 1, piece, coefficients), piece, work.unit, to, to_stride)
+        if work.across:
+            tile_finished(
+                to, piece, work.scale if as_kept else one, work.dead, at, work.excluded, work.at_excluded, finished
+            )
+            tile_put(finished, piece, grad + done * grad_stride, grad_stride, work.stream)
         done += piece
 
 
