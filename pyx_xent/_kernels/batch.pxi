@@ -190,12 +190,12 @@ cdef void do_slice(
     cdef int l
     block.problem = p
     block.work.classes = p.classes
-    # The gradient of a long row waits for the next row.
+    # The gradient of a long row waits for the next row; of doubles in place, which wait for nothing, it need not.
     block.work.pending = NULL
     pending.classes = 0
     pending.kept = NULL
     if (
-        p.rows_together == 1 and p.keep and not p.have_state and not p.is_double and not p.across and not p.shared
+        p.rows_together == 1 and p.keep and not p.have_state and (p.stream or not p.is_double) and not p.across and not p.shared
         and p.soft.data == NULL and p.label_smoothing == 0
         and is_direct[floating](&p.logits, p.logits.classes, 0) and is_direct[floating](&p.grad, p.grad.classes, 0)
     ):

@@ -34,8 +34,8 @@ from pyx_xent._problem cimport (
 
 cdef enum:
     GROUP = 8                     # terms that a lane adds in float before they go to its double
-    AHEAD = 256 * LANES           # elements between what is computed and what is asked from memory
-    AHEAD_ACROSS = 4 * ROWS       # rows, likewise: many classes at once, which must not drive each other out of the cache
+    AHEAD_BYTES = 16384           # between what is computed and what is asked from memory
+    AHEAD_ACROSS_BYTES = 1024     # likewise: many classes at once, which must not drive each other out of the cache
     TURN = 32                     # strips that are summed before as many of the row before are written; whole groups
     PIECE = 64                    # strips of a quantity on its way from one loop to the next, in a buffer
 
@@ -82,6 +82,12 @@ cdef struct Work:
     const double* dead            # not 0: an ignored row, its gradient is 0
     const double* excluded        # the class with an entry of its own, or -1
     const double* at_excluded
+
+
+cdef inline void prefetch_strip(const floating* strip, Py_ssize_t ahead) noexcept nogil:
+    prefetch(<const char*>strip + ahead)
+    if floating is double:                    # 128 bytes, two lines of memory
+        prefetch(<const char*>strip + ahead + 64)
 
 
 cdef void fill(floating* lanes, floating value) noexcept nogil:
@@ -230,7 +236,8 @@ cdef void groups_max_sum(
     floating low, floating round_by,                          # in   of the row, see exp_parts
     floating* kept,                                           # out  NULL: not wanted
     floating* maximum,                                        # in/out   (LANES,)
-    double* sums,                             # in/out (double: out)  in memory: a local array gcc takes apart into scalars
+    double* sums,                             # in/out   in memory: a local array gcc takes apart into scalars
+    floating* lost,                           # in/out (double only)   see accumulate
 ) noexcept nogil:
     # Every row takes the same branches, whatever its target.
     cdef const floating* source
@@ -250,9 +257,8 @@ cdef void groups_max_sum(
         r[l] = round_by
         m[l] = maximum[l]
     if floating is double:
-        for l in range(LANES):
-            s[l] = 0
-            c[l] = 0
+        memcpy(s, sums, sizeof(s))
+        memcpy(c, lost, sizeof(c))
     for group in range(-1 if tail != NULL else 0, groups):
         i = group * (GROUP * LANES)
         source = instead if group == special else x + i
@@ -264,7 +270,7 @@ cdef void groups_max_sum(
             for l in range(LANES):
                 s[l] = 0
         for i in range(count):
-            prefetch(source + i * LANES + AHEAD)
+            prefetch_strip(source + i * LANES, AHEAD_BYTES)
             for l in range(LANES):
                 v = source[i * LANES + l]
                 m[l] = v if v > m[l] else m[l]
@@ -285,6 +291,7 @@ cdef void groups_max_sum(
                 sums[l] += s[l]
     if floating is double:
         memcpy(sums, s, sizeof(s))
+        memcpy(lost, c, sizeof(c))
     memcpy(maximum, m, sizeof(m))
 
 
@@ -301,6 +308,7 @@ cdef void row_max_sum(
     cdef floating end[LANES]
     cdef floating group[GROUP * LANES]
     cdef floating m[LANES]
+    cdef floating lost[LANES]
     cdef int l
     if tail > 0:                               # first, because it keeps +0 where the last strip will keep what there is
         for l in range(LANES):
@@ -314,15 +322,16 @@ cdef void row_max_sum(
     for l in range(LANES):
         m[l] = -INFINITY
         sums[l] = 0
-    if floating is double or pending == NULL or pending.classes == 0:
-        groups_max_sum(x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums)
+        lost[l] = 0
+    if pending == NULL or pending.classes == 0:
+        groups_max_sum(x, strips, end if tail > 0 else NULL, end_at, group, special, low, round_by, kept, m, sums, lost)
     else:
         at = 0
         while at < strips:
             groups_max_sum(
                 x + at * LANES, min(<Py_ssize_t>TURN, strips - at), end if tail > 0 and at == 0 else NULL, end_at, group,
                 special - at // GROUP if special >= at // GROUP else -1, low, round_by,
-                kept + at * LANES if kept != NULL else NULL, m, sums,
+                kept + at * LANES if kept != NULL else NULL, m, sums, lost,
             )
             write_pending[floating](pending, TURN * LANES, 0)
             at += TURN
@@ -383,7 +392,7 @@ cdef void tile_exponentials(
     memcpy(m, maximum, sizeof(m))
     memcpy(out, left_out, sizeof(out))
     for i in range(count):
-        prefetch(x + i * stride + AHEAD_ACROSS)
+        prefetch_strip(x + i * stride, AHEAD_ACROSS_BYTES)
         for l in range(LANES):
             v = x[i * stride + l]
             m[l] = v if v > m[l] else m[l]
@@ -459,7 +468,7 @@ cdef void lanes_coefficients(
                 coefficients[i * LANES + l] = weight[i * weight_stride + l]
     elif weight == NULL:
         for i in range(count):
-            prefetch(soft + i * soft_stride + AHEAD)
+            prefetch_strip(soft + i * soft_stride, AHEAD_BYTES)
             for l in range(LANES):
                 coefficients[i * LANES + l] = class_coefficient(<floating>1, soft[i * soft_stride + l], keep, spread)
     elif weight_across:
