@@ -196,7 +196,7 @@ cdef void do_slice(
     pending.kept = NULL
     if (
         p.rows_together == 1 and p.keep and not p.have_state and (p.stream or not p.is_double) and not p.across and not p.shared
-        and p.soft.data == NULL and p.label_smoothing == 0
+        and p.soft.data == NULL
         and is_direct[floating](&p.logits, p.logits.classes, 0) and is_direct[floating](&p.grad, p.grad.classes, 0)
     ):
         block.work.pending = &pending

@@ -426,7 +426,9 @@ cdef void block_gradient(Block* b, Operation operation, floating compute) noexce
             b.low[l] = lowest[floating](b.exponent[l], room[l], 0)
             b.round_by[l] = rounder[floating](b.exponent[l], room[l], 0)
             scale[l] = b.scale[l] * power_of_two(headroom[floating](0) - room[l])
-    elif b.work.pending != NULL and not b.work.has_class_term:
+    elif b.work.pending != NULL:
+        b.work.pending.has_class_term, b.work.pending.unit = b.work.has_class_term, b.unit[0]
+        b.work.pending.weight = b.work.weight
         b.work.pending.kept, b.work.pending.out, b.work.pending.scale = b.kept[0], b.out[0], scale[0]
         b.work.pending.stream, b.work.pending.classes, b.work.pending.done = b.work.stream, b.work.classes, 0
         b.work.pending.excluded = -1

@@ -46,6 +46,9 @@ cdef struct Pending:
     const void* kept              # in   (classes,)  the exponentials
     void* out                     # out  (classes,)
     double scale
+    bint has_class_term
+    double unit                   # of w
+    const void* weight            # in   (classes,)  NULL: 1
     bint stream
     Py_ssize_t classes            # 0: nothing is pending
     Py_ssize_t done
@@ -344,7 +347,8 @@ cdef void row_max_sum(
 cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) noexcept nogil:
     cdef const floating* kept = <const floating*>pending.kept + pending.done
     cdef floating* out = <floating*>pending.out + pending.done
-    cdef floating scale = <floating>pending.scale
+    cdef const floating* weight = <const floating*>pending.weight
+    cdef floating scale = <floating>pending.scale, unit = <floating>pending.unit
     cdef floating piece[(PIECE + 1) * LANES]
     cdef floating* to
     cdef Py_ssize_t i
@@ -357,6 +361,13 @@ cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) no
     to = &piece[0] if pending.stream else out
     for i in range(count):
         to[i] = kept[i] * scale
+    if pending.has_class_term and weight == NULL:
+        for i in range(count):
+            to[i] -= unit
+    elif pending.has_class_term:
+        weight += pending.done
+        for i in range(count):
+            to[i] = plus_product(to[i], -unit, weight[i])
     if pending.stream:
         stream_out(out, to, count * sizeof(floating))
     pending.done += count
@@ -501,16 +512,19 @@ cdef void lanes_class_term(
     cdef double lost_mass[LANES]
     for l in range(LANES):
         m[l] = <floating>reference[l]
-        lost_term[l] = 0
-        lost_mass[l] = 0
+    if floating is double:
+        memset(lost_term, 0, sizeof(lost_term))
+        memset(lost_mass, 0, sizeof(lost_mass))
     while i < count:
         end = min(i + <Py_ssize_t>GROUP, count)
         for l in range(LANES):
             t[l] = 0
             s[l] = 0
-        if coefficients == NULL:
-            for l in range(LANES):
-                s[l] = <floating>(end - i)
+        if coefficients == NULL:              # two at a time, because each addition to t waits for the one before
+            while i + 1 < end:
+                for l in range(LANES):
+                    t[l] += (m[l] - x[i * stride + l]) + (m[l] - x[(i + 1) * stride + l])
+                i += 2
             while i < end:
                 for l in range(LANES):
                     t[l] += m[l] - x[i * stride + l]
@@ -524,8 +538,18 @@ cdef void lanes_class_term(
         for l in range(skip):
             t[l] = 0
             s[l] = 0
-        add_group(t, term, lost_term)
-        add_group(s, mass, lost_mass)
+        if floating is double:
+            add_group(t, term, lost_term)
+            add_group(s, mass, lost_mass)
+        else:
+            for l in range(LANES):
+                term[l] += t[l]
+            if coefficients != NULL:
+                for l in range(LANES):
+                    mass[l] += s[l]
+    if coefficients == NULL:
+        for l in range(skip, LANES):
+            mass[l] += count
 
 
 cdef void lanes_soft_term(
@@ -548,6 +572,7 @@ cdef void lanes_soft_term(
         lost_term[l] = 0
         lost_mass[l] = 0
     for i in range(count):
+        prefetch_strip(coefficients + i * LANES, AHEAD_BYTES)      # nothing new if they are in a buffer
         for l in range(LANES):
             v = coefficients[i * LANES + l] if l >= skip else 0.0
             product = v * (m[l] - x[i * stride + l])

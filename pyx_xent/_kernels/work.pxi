@@ -78,6 +78,8 @@ cdef const floating* coefficients_of(
     else:
         if soft != NULL:
             soft += first
+            if weight == NULL and work.keep == 1 and work.spread == 0:
+                return soft                   # as they are
         lanes_coefficients(weight, LANES, False, soft, LANES, work.keep, work.spread, count, buffer)
     return buffer
 
