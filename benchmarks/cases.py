@@ -156,5 +156,6 @@ CASES = [
             Case((512, 128256), LARGEST_VOCABULARY, dtype),
         )
     ),
+    Case((1024, 32000), "what the options that follow are compared with"),
     *(Case((1024, 32000), reason, option=option) for option, reason in OPTIONS.items()),
 ]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import results
+from . import results, targets
 from .cases import GRADIENT
 from .peers import OURS, REUSED
 
@@ -72,6 +72,8 @@ def write(files, folder, memory=None, scaling=None):
     if scaling:
         caption = draw_scaling(json.loads(Path(scaling).read_text(encoding="utf-8")), folder / "scaling.svg")
         lines += [f"![{caption}](scaling.svg)", ""]
+    if met_or_not := list(targets.table(groups)):
+        lines += ["## Targets", "", *markdown_table(targets.HEADINGS, met_or_not), ""]
     for group, rows in groups.items():
         of_peak = peak and all(rows[0].info[key] == peak[key] for key in ("case", "operation"))
         extra = peak["bytes"] if of_peak else {}

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import cases, memory, peers, report, results, roofline, test_cross_entropy
+from benchmarks import cases, memory, peers, report, results, roofline, targets, test_cross_entropy
 from pyx_xent import reference
 
 ROOT = Path(__file__).parents[1]
@@ -166,11 +166,19 @@ def test_report_has_tables_memory_plots_and_what_is_absent(tmp_path):
     text = file.read_text(encoding="utf-8")
     assert "| torch eager | 8 s | 4 s |" in text
     assert "| 786 MB |" in text
+    assert "| 2048x32000 | loss + gradient, torch eager: its time over ours | ≥ 15.0 × | 4.0 × | missed |" in text
+    assert "| 2048x32000 | loss + gradient, pyx_xent, grad_out=: share of the limit | ≥ 85% | 50% | missed |" in text
     assert "some CPU" in text
     assert "not installed, so not here: numba" in text
     for plot in ("classes", "ratios", "scaling"):
         assert f"({plot}.svg)" in text
         assert "<svg" in (file.parent / f"{plot}.svg").read_text(encoding="utf-8")
+
+
+def test_targets_are_of_what_is_timed():
+    timed = {str(case): case for case in cases.CASES}
+    for case, operation, name, _, _ in targets.TARGETS:
+        assert peers.PEERS[name].fits(timed[case], operation), (case, operation, name)
 
 
 @pytest.mark.skipif(memory.resident("VmHWM") is None, reason="the system does not tell how much memory a process has")

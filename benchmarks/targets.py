@@ -1,0 +1,70 @@
+"""What we hold our times against, and what a run found. A table for the report: nothing here measures, nothing fails."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .cases import FORWARD, GRADIENT
+from .peers import OURS, REUSED
+
+HEADINGS = ("case", "", "target", "found", "")
+PLAIN = "1024x32000"  # what an option may cost is told against this one
+EAGER, BEST = "torch eager", "torch eager, THP_MEM_ALLOC_ENABLE=1"
+SKLEARN = "scikit-learn HalfMultinomialLoss"
+
+
+@dataclass(frozen=True)
+class Figure:
+    what: str
+    sign: str
+    text: str
+    of: Callable  # of a Row, and of the same peer's in the case PLAIN
+
+
+OF_LIMIT = Figure("share of the limit", "≥", "{:.0%}", lambda row, plain: row.fraction)
+OVER_OURS = Figure("its time over ours", "≥", "{:.1f} ×", lambda row, plain: row.ratio)
+ONE_CALL = Figure("one call", "≤", "{:.2f} µs", lambda row, plain: row.median * 1e6)
+OVER_PLAIN = Figure(f"its time over that of {PLAIN}", "≤", "{:.2f} ×", lambda row, plain: plain and row.median / plain.median)
+
+TARGETS = [  # case, operation, whose, which figure, at least or at most
+    ("2048x32000", FORWARD, OURS, OF_LIMIT, 0.90),
+    ("2048x32000", GRADIENT, REUSED, OF_LIMIT, 0.85),
+    ("2048x32000", GRADIENT, "pyx_xent, in place", OF_LIMIT, 0.90),
+    ("2048x32000", GRADIENT, EAGER, OVER_OURS, 15),
+    ("2048x32000", GRADIENT, BEST, OVER_OURS, 6),
+    ("2048x32000", GRADIENT, "torch.compile", OVER_OURS, 3),
+    ("2048x32000", GRADIENT, "JAX, optax", OVER_OURS, 6),
+    ("2048x32000", GRADIENT, "Numba", OVER_OURS, 3),
+    ("2048x32000", GRADIENT, SKLEARN, OVER_OURS, 10),
+    ("2048x32000", GRADIENT, "NumPy textbook", OVER_OURS, 6),
+    ("2048x32000", FORWARD, "pyx_xent, avx2", OF_LIMIT, 0.85),
+    ("2048x32000", GRADIENT, "pyx_xent, avx2", OF_LIMIT, 0.70),
+    ("256x1000", FORWARD, "pyx_xent, 1 thread", OF_LIMIT, 0.90),
+    ("256x1000", GRADIENT, "pyx_xent, 1 thread", OF_LIMIT, 0.90),
+    ("64x10", GRADIENT, OURS, ONE_CALL, 2.5),
+    ("64x10", GRADIENT, SKLEARN, OVER_OURS, 2),
+    ("64x10", GRADIENT, EAGER, OVER_OURS, 8),
+    ("65536x10", GRADIENT, EAGER, OVER_OURS, 10),
+    ("65536x10", GRADIENT, SKLEARN, OVER_OURS, 5),
+    ("8x21x256x256", GRADIENT, REUSED, OF_LIMIT, 0.75),
+    ("8x21x256x256", GRADIENT, EAGER, OVER_OURS, 15),
+    ("512x32000-float64", GRADIENT, REUSED, OF_LIMIT, 0.80),
+    ("512x32000-float64", GRADIENT, EAGER, OVER_OURS, 8),
+    ("1024x32000-bfloat16", GRADIENT, EAGER, OVER_OURS, 6),
+    ("1024x32000-float16", GRADIENT, EAGER, OVER_OURS, 6),
+    ("1024x32000-soft", GRADIENT, EAGER, OVER_OURS, 10),
+    ("1024x32000-smoothing", GRADIENT, REUSED, OVER_PLAIN, 1.1),
+    ("1024x32000-weights", GRADIENT, REUSED, OVER_PLAIN, 1.1),
+    ("1024x32000-ignored50", GRADIENT, REUSED, OVER_PLAIN, 0.6),
+]
+
+
+def table(groups):
+    """Cells of each target that the run has measured."""
+    rows = {(row.info["case"], row.info["operation"], row.name): row for group in groups.values() for row in group}
+    for case, operation, name, figure, wanted in TARGETS:
+        if row := rows.get((case, operation, name)):
+            found = figure.of(row, rows.get((PLAIN, operation, name)))
+            if found is not None:
+                met = found >= wanted if figure.sign == "≥" else found <= wanted
+                target = f"{figure.sign} {figure.text.format(wanted)}"
+                yield case, f"{operation}, {name}: {figure.what}", target, figure.text.format(found), "" if met else "missed"
