@@ -39,7 +39,7 @@ def high_mark():
 
 def one_call(case, operation, name, threads):
     """Bytes by which one call raises the memory of this process, with its results, without its inputs."""
-    small = Problem(Case((64, case.shape[1]), "to load libraries and start threads"))
+    small = Problem(Case((2, 33000), "to load libraries and start threads"))
     PEERS[name].make(small, operation, threads)()
     problem = Problem(case)
     compute = PEERS[name].make(problem, operation, threads)

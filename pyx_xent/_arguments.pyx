@@ -49,9 +49,13 @@ cdef object float64 = np.dtype(np.float64)
 cdef object int64 = np.dtype(np.int64)
 cdef object uint64 = np.dtype(np.uint64)
 cdef object LARGEST_INT64 = np.uint64(2**63 - 1)
+# How pyx_xent.torch passes bfloat16, which NumPy lacks, without ml_dtypes.
+bfloat16_bits = np.dtype(np.uint16, metadata={"pyx_xent": "bfloat16"})
 
 # A gradient of this size will not be found in a cache: it is stored past them.
 cdef Py_ssize_t STREAM_BYTES = 1 << 25
+# The exponentials of longer rows are computed twice, rather than kept in memory as large as the row.
+cdef Py_ssize_t KEPT_CLASSES = 1 << 20
 # So many classes of a row are worth waking threads for.
 cdef Py_ssize_t CLASSES_WORTH_SHARING = 4 * SEGMENT
 cdef Py_ssize_t LABELS_AT_ONCE = 512
@@ -84,6 +88,8 @@ cdef int storage_of(cnp.ndarray array) noexcept:
     if kind == cnp.NPY_FLOAT16:
         return FLOAT16
     if cnp.PyTypeNum_ISUSERDEF(kind) and array.dtype.name == "bfloat16":
+        return BFLOAT16
+    if kind == cnp.NPY_UINT16 and array.dtype.metadata is not None and "pyx_xent" in array.dtype.metadata:
         return BFLOAT16
     return -1
 
@@ -132,6 +138,8 @@ cdef object native_dtype(cnp.ndarray array):
     cdef int kind = cnp.PyArray_TYPE(array)
     if kind == cnp.NPY_FLOAT32:
         return float32
+    if kind == cnp.NPY_UINT16:
+        return bfloat16_bits
     return float64 if kind == cnp.NPY_FLOAT64 else array.dtype.newbyteorder("=")
 
 
@@ -458,23 +466,35 @@ cdef object rounded_scalar(double value, object dtype):
 
 # The call
 
+cdef double reduced(Call call):
+    # The sum or mean, not rounded.
+    cdef double total = sum_in_order(<const double*>call.problem.loss, cnp.PyArray_SIZE(call.loss_array))
+    if call.reduction == MEAN:
+        total = call.empty_value if call.nothing_to_average else total / call.divisor
+    return total
+
+
 cdef class Call:
     """A checked call: run it with a kernel module's `run`, then take `loss()` and `gradient()`."""
 
+    def loss_in_double(self):
+        """The reduced loss before it is rounded to its dtype: a float, or for reduction "none" a float64 array."""
+        return self.loss_array.reshape(loss_shape(self)) if self.reduction == NONE else reduced(self)
+
     def loss(self):
         """The reduced loss: a NumPy scalar, an array for reduction "none", or `out`."""
-        cdef double total
         if self.reduction == NONE:
             result = rounded(self.loss_array, self.loss_dtype).reshape(loss_shape(self))[()]
         else:
-            total = sum_in_order(<const double*>self.problem.loss, cnp.PyArray_SIZE(self.loss_array))
-            if self.reduction == MEAN:
-                total = self.empty_value if self.nothing_to_average else total / self.divisor
-            result = rounded_scalar(total, self.loss_dtype)
+            result = rounded_scalar(reduced(self), self.loss_dtype)
         if self.loss_out is None:
             return result
         self.loss_out[...] = result
         return self.loss_out
+
+    def row_state(self):
+        """The (2, rows) float64 array that keep_state has filled: the argument `state` of a later call for the gradient."""
+        return self.state
 
     def gradient(self):
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""
@@ -531,7 +551,7 @@ cdef int set_gradient(Call call, cnp.ndarray grad_out) except -1:
     cdef ClassArray description
     if grad_out is not None:
         call.output = grad_out
-    elif cnp.PyArray_ISCARRAY_RO(x):
+    elif cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:     # bfloat16_bits is more than its type
         call.output = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
     else:
         call.output = np.empty_like(x, dtype=native_dtype(x), subok=False)
@@ -539,6 +559,11 @@ cdef int set_gradient(Call call, cnp.ndarray grad_out) except -1:
     if not describe(call.output, call.axis, &description):
         call.computed = np.empty((<object>call.output).shape, call.output.dtype)
     return 0
+
+
+cdef bint is_read_in_place(const Problem* p, const ClassArray* array) noexcept:
+    # Or written; an absent one needs no scratch, either.
+    return array.data == NULL or (array.classes == 1 and array.storage == (FLOAT64 if p.is_double else FLOAT32))
 
 
 cdef int settle(Call call) except -1:
@@ -585,7 +610,7 @@ cdef int settle(Call call) except -1:
     if across:
         rows = max(<Py_ssize_t>LANES, rows // LANES * LANES)
     p.rows_together = rows
-    p.keep = p.grad.data != NULL and (not across or p.classes * rows <= 4 * BLOCK)
+    p.keep = p.grad.data != NULL and p.classes <= KEPT_CLASSES and (not across or p.classes * rows <= 4 * BLOCK)
     p.stream = (
         p.grad.data != NULL and p.grad.data != p.logits.data
         and p.outer * p.inner * p.classes * cnp.PyArray_ITEMSIZE(x) >= STREAM_BYTES
@@ -597,6 +622,8 @@ cdef int settle(Call call) except -1:
     rows = min(rows, (p.inner + LANES - 1) // LANES * LANES if across else p.inner)
     p.scratch_size = p.classes * rows             # what these take in a scratch
     size = (1 if p.shared else p.num_threads) * 3 * p.scratch_size
+    if not across and p.soft.data == NULL and not p.keep and is_read_in_place(p, &p.logits) and is_read_in_place(p, &p.grad):
+        size -= 2 * p.scratch_size                # only for logits, and only where they are too large to be computed with
     if p.num_threads == 1 and size <= SMALL_SCRATCH:
         p.scratch = NULL                          # run() has one
     else:
@@ -613,11 +640,12 @@ cdef int settle(Call call) except -1:
 
 def cross_entropy(
     logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, out,
-    num_threads, grad_output=None, grad_out=None, bint want_gradient=False, bint keep_state=False, bint nll=False,
+    num_threads, grad_output=None, grad_out=None, bint want_gradient=False, bint keep_state=False, state=None, bint nll=False,
 ):
     """Check the arguments of pyx_xent.cross_entropy and cross_entropy_with_grad; -> Call.
 
-    nll=True: those of nll_loss, `logits` being log-probabilities.
+    keep_state: for a later gradient. state: row_state() of an earlier call for the same arguments; the loss is not computed.
+    nll=True: the arguments of nll_loss, `logits` being log-probabilities.
     """
     cdef Call call = Call.__new__(Call)
     cdef Problem* p = &call.problem
@@ -709,14 +737,16 @@ def cross_entropy(
         p.grad_scale /= call.divisor
 
     p.num_threads = threads_for(num_threads, call.rows * call.classes)
-    array = new_array(call.rows, cnp.NPY_FLOAT64) if call.classes else np.zeros(call.rows)
-    p.loss = <double*>cnp.PyArray_DATA(array)
-    call.loss_array = array
-    if keep_state:
-        array = new_array(2 * call.rows, cnp.NPY_FLOAT64)
+    if state is None:
+        array = new_array(call.rows, cnp.NPY_FLOAT64) if call.classes else np.zeros(call.rows)
+        p.loss = <double*>cnp.PyArray_DATA(array)
+        call.loss_array = array
+    if keep_state or state is not None:
+        p.have_state = state is not None
+        array = np.zeros((2, call.rows)) if state is None else checked_state(state, call.rows)
+        call.state = array
         p.row_max = <double*>cnp.PyArray_DATA(array)
         p.row_total = p.row_max + call.rows
-        call.state = array
     call.read_logits = readable(x, call.axis)
     if soft:
         call.read_soft = readable(y, call.axis)
@@ -724,6 +754,14 @@ def cross_entropy(
         set_gradient(call, grad_out)
     settle(call)
     return call
+
+
+cdef cnp.ndarray checked_state(object state, Py_ssize_t rows):
+    if not cnp.PyArray_CheckExact(state) or not cnp.PyArray_ISCARRAY_RO(state) or (
+        cnp.PyArray_TYPE(state) != cnp.NPY_FLOAT64 or not has_shape(state, (2, rows))
+    ):
+        raise ValueError(f"state must be a C-contiguous float64 array of shape {(2, rows)}")
+    return state
 
 
 cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live):

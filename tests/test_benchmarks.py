@@ -187,6 +187,12 @@ def test_peak_memory_is_that_of_the_gradient():
     assert memory.measure(case, cases.GRADIENT, peers.REUSED, 1) == pytest.approx(case.logits_bytes, rel=0.1)
 
 
+@pytest.mark.skipif(memory.resident("VmHWM") is None, reason="the system does not tell how much memory a process has")
+def test_one_long_row_in_place_takes_no_memory_of_its_size():
+    case = cases.Case((1, 1 << 25), "134 MB")
+    assert memory.measure(case, cases.GRADIENT, "pyx_xent, in place", 2) < 0.02 * case.logits_bytes
+
+
 def test_command_line_says_what_is_missing(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks", "report"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -396,3 +396,17 @@ def test_long_rows_have_the_bits_of_each_row_alone(isa, rng, classes, rows):
         assert same_bits(px.softmax(logits[i : i + 1], axis=1), probabilities[i : i + 1])
     wanted = grad.copy()
     assert same_bits(px.cross_entropy_with_grad(logits, target, reduction="none", grad_out=logits)[1], wanted)
+
+
+def test_rows_too_long_to_keep_their_exponentials(isa, rng, many_threads):
+    # With so many classes they are computed twice, so that no memory of the size of a row is taken.
+    logits = np.tile(rng.standard_normal(1 << 16, dtype=np.float32), 17)[None, :-3]
+    target = [5]
+    criterion = px.CrossEntropyLoss()
+    loss = criterion(logits, target)
+    for num_threads in (1, 4):
+        for grad_out in (None, logits.copy()):
+            x = logits if grad_out is None else grad_out
+            found = px.cross_entropy_with_grad(x, target, grad_out=grad_out, num_threads=num_threads)
+            assert same_bits(found[0], loss)
+            assert same_bits(found[1], criterion.backward())
