@@ -20,6 +20,7 @@ from .cases import FORWARD, GRADIENT, Case
 PEERS = {}
 REUSED = "pyx_xent, grad_out="  # ratios are told against this one, or against OURS where there is no gradient
 OURS = "pyx_xent"
+TORCH_OURS = "pyx_xent.torch"
 
 
 def numpy_answer(problem, result):
@@ -251,6 +252,13 @@ def torch_eager(problem, operation, threads):
     import torch
 
     return torch_function(problem, operation, threads, torch.nn.functional.cross_entropy)
+
+
+@peer(TORCH_OURS, answer=torch_answer, modules=("torch",))
+def torch_ours(problem, operation, threads):
+    import pyx_xent.torch
+
+    return torch_function(problem, operation, threads, pyx_xent.torch.cross_entropy)
 
 
 def huge_arrays(case, operation):

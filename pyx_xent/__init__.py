@@ -1,13 +1,15 @@
 """Cross-entropy, softmax and their gradients on CPUs.
 
-functional.py ── _arguments.pyx    every argument checked, then a Problem: plain memory
+functional.py ── _arguments.pyx      every argument checked, then a Problem: plain memory
       │
-      └───────── _dispatch.py ──── _kernels/{baseline, avx2, avx512}
-                                     batch.pxi            rows handed to threads
-                                       rows.pxi tiles.pxi   one row; LANES neighbouring rows
-                                         lanes.pxi            LANES columns or rows
-                                           exp.pxi              one number
+      └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512}
+                                       batch.pxi              rows handed to threads
+                                         operations.pxi         what is computed of a block of rows
+                                           blocks.pxi work.pxi    maximum and sum, gradient of up to ROWS rows; of one
+                                             lanes.pxi              LANES columns or rows
+                                               exp.pxi                one number
 losses.py       objects with the constructors of torch.nn
+torch.py        the functions and modules of PyTorch; imported on request
 reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
 """
 
