@@ -36,7 +36,7 @@ cdef enum:
     GROUP = 8                     # terms that a lane adds in float before they go to its double
     AHEAD_BYTES = 16384           # between what is computed and what is asked from memory
     AHEAD_ACROSS_BYTES = 1024     # likewise: many classes at once, which must not drive each other out of the cache
-    TURN = 32                     # strips that are summed before as many of the row before are written; whole groups
+    TURN = 64                     # strips that are summed before as many of the row before are written; whole groups
     PIECE = 64                    # strips of a quantity on its way from one loop to the next, in a buffer
 
 
@@ -344,33 +344,61 @@ cdef void row_max_sum(
         maximum[0] = x[left_out]
 
 
+cdef inline floating pending_entry(floating kept, floating scale, bint has_class_term, floating unit, floating weight) noexcept nogil:
+    cdef floating value = kept * scale
+    return plus_product(value, -unit, weight) if has_class_term else value
+
+
+cdef void pending_strips(
+    const floating* kept, Py_ssize_t count, floating scale,   # in   (count, LANES)
+    bint has_class_term, floating unit, const floating* weight,
+    floating* out, bint stream,                               # out  likewise; stream: from where a line of memory begins
+) noexcept nogil:
+    # To where they belong straight from the registers.
+    cdef Py_ssize_t i
+    cdef int l
+    cdef floating v[LANES]
+    for i in range(count):
+        for l in range(LANES):
+            v[l] = kept[i * LANES + l] * scale
+        if has_class_term and weight == NULL:
+            for l in range(LANES):
+                v[l] -= unit
+        elif has_class_term:
+            for l in range(LANES):
+                v[l] = plus_product(v[l], -unit, weight[i * LANES + l])
+        if stream:
+            stream_line(out + i * LANES, v)
+            if floating is double:
+                stream_line(out + i * LANES + LANES // 2, v + LANES // 2)
+        else:
+            for l in range(LANES):
+                out[i * LANES + l] = v[l]
+
+
 cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) noexcept nogil:
+    # in   count   whole strips; what is before the first line of memory, or after the last, comes with them
     cdef const floating* kept = <const floating*>pending.kept + pending.done
     cdef floating* out = <floating*>pending.out + pending.done
     cdef const floating* weight = <const floating*>pending.weight
     cdef floating scale = <floating>pending.scale, unit = <floating>pending.unit
-    cdef floating piece[(PIECE + 1) * LANES]
-    cdef floating* to
-    cdef Py_ssize_t i
+    cdef Py_ssize_t left = pending.classes - pending.done, single = 0, i
     if pending.classes == 0:
         return
-    count = min(count, <Py_ssize_t>(PIECE * LANES))
-    if pending.done == 0:                     # so that the next one begins where a line of memory begins
-        count += bytes_to_line(out) // <Py_ssize_t>sizeof(floating)
-    count = min(count, pending.classes - pending.done)
-    to = &piece[0] if pending.stream else out
-    for i in range(count):
-        to[i] = kept[i] * scale
-    if pending.has_class_term and weight == NULL:
-        for i in range(count):
-            to[i] -= unit
-    elif pending.has_class_term:
+    if left < LANES:
+        single = left
+    elif pending.done == 0:                   # so that the strips begin where lines of memory do
+        single = bytes_to_line(out) // <Py_ssize_t>sizeof(floating)
+    if weight != NULL:
         weight += pending.done
-        for i in range(count):
-            to[i] = plus_product(to[i], -unit, weight[i])
-    if pending.stream:
-        stream_out(out, to, count * sizeof(floating))
-    pending.done += count
+    for i in range(single):
+        out[i] = pending_entry(kept[i], scale, pending.has_class_term, unit, weight[i] if weight != NULL else <floating>1)
+    count = min(count, left - single) // LANES
+    pending_strips(
+        kept + single, count, scale, pending.has_class_term, unit, weight + single if weight != NULL else NULL, out + single,
+        pending.stream,
+    )
+    pending.done += single + count * LANES
     if pending.done == pending.classes:
         if pending.excluded >= 0:
             (<floating*>pending.out)[pending.excluded] = <floating>pending.at_excluded
