@@ -1,4 +1,4 @@
-"""python -m benchmarks {report,limits,memory,scaling}: what goes with the times that `pytest benchmarks` takes."""
+"""python -m benchmarks {report,limits,memory,scaling,alternation}: what goes with the times that `pytest benchmarks` takes."""
 
 import argparse
 import json
@@ -64,6 +64,17 @@ def run_scaling(arguments):
         print(f"{shape:24}{point['operation']:26}{point['seconds'] / point['elements'] * 1e9:10.4f} ns/element")
 
 
+def run_alternation(arguments):
+    try:
+        from . import alternation
+    except ImportError as error:
+        raise SystemExit(f"{error}: this compares with PyTorch") from None
+    found = alternation.measure(arguments.threads)
+    for name, seconds in found.items():
+        print(f"{name:12}{seconds * 1e3:8.2f} ms")
+    print(f"by turns over the sum: {found['by turns'] / (found['torch.mm'] + found['loss']):.3f}")
+
+
 def save(file, data):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data, indent=1), encoding="utf-8")
@@ -98,6 +109,9 @@ def main():
     command = commands.add_parser("scaling", help="our time per element from 4 KB to 8 GB")
     command.add_argument("--gigabytes", type=float, default=8, help="the largest array")
     command.set_defaults(run=run_scaling)
+
+    command = commands.add_parser("alternation", help="torch.mm and our loss by turns, and each alone")
+    command.set_defaults(run=run_alternation)
 
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=pyx_xent.get_num_threads())

@@ -138,6 +138,7 @@ CASES = [
     Case((256, 21841), "ImageNet-21k: as large as the last-level cache"),
     Case((2048, 32000), "a language model's head: memory", forward=True, variants=True, quick=True),
     Case((2048, 50257), "GPT-2's vocabulary: rows are never aligned"),
+    Case((1024, 50257), "half as many rows of it"),
     Case((512, 128256), LARGEST_VOCABULARY),
     Case((1024, 262144), "the largest vocabulary in use: 1 GB of logits"),
     Case((1, 128256), "scoring one token: a single row for all threads", forward=True, variants=True, quick=True),
@@ -152,6 +153,7 @@ CASES = [
         for dtype in ("float16", "bfloat16")
         for case in (
             Case((1024, 32000), "half the bytes: arithmetic becomes the limit", dtype, forward=True, variants=True),
+            Case((2048, 32000), "twice as many rows", dtype),
             Case((1024, 50257), "half the bytes, rows never aligned", dtype),
             Case((512, 128256), LARGEST_VOCABULARY, dtype),
         )

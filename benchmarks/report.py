@@ -5,12 +5,12 @@ from pathlib import Path
 
 from . import results, targets
 from .cases import GRADIENT
-from .peers import OURS, REUSED
+from .peers import OURS, REUSED, TORCH_OURS
 
 TITLE = "# Cross-entropy on this machine"
 # One hue for each peer, ours in black, so that plots and readers keep them apart.
-FEW = (REUSED, "pyx_xent, in place", OURS, "torch eager", "torch eager, THP_MEM_ALLOC_ENABLE=1", "torch.compile", "JAX, optax")
-FEW += ("NumPy textbook", "Numba", "scikit-learn HalfMultinomialLoss")
+FEW = (REUSED, "pyx_xent, in place", OURS, TORCH_OURS, "torch eager", "torch eager, THP_MEM_ALLOC_ENABLE=1", "torch.compile")
+FEW += ("JAX, optax", "NumPy textbook", "Numba", "scikit-learn HalfMultinomialLoss")
 
 
 def load(files):
@@ -110,7 +110,8 @@ def styles():
     import matplotlib
 
     colours = matplotlib.colormaps["tab10"].colors
-    return {name: {"color": "black" if name == REUSED else colours[k], "marker": "o"} for k, name in enumerate(FEW)}
+    others = zip([name for name in FEW if name != REUSED], colours, strict=True)
+    return {REUSED: {"color": "black", "marker": "o"}, **{name: {"color": hue, "marker": "o"} for name, hue in others}}
 
 
 def draw_classes(groups, file):
