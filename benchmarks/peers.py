@@ -216,10 +216,10 @@ def torch_tensor(array):
 def torch_answer(problem, result):
     import torch
 
-    loss, gradient = result
-    if gradient is None:
+    loss, x = result
+    if x is None:
         return loss.item(), None
-    return loss.item(), gradient[torch.from_numpy(problem.sample)].double().numpy()
+    return loss.item(), x.grad[torch.from_numpy(problem.sample)].double().numpy()
 
 
 def torch_function(problem, operation, threads, function):
@@ -239,7 +239,7 @@ def torch_function(problem, operation, threads, function):
         x.grad = None
         loss = function(x, target, **options)
         loss.backward()
-        return loss.detach(), x.grad
+        return loss.detach(), x  # not the gradient itself: as in training, nobody holds it when the next one is made
 
     if operation == FORWARD:
         return forward

@@ -52,8 +52,8 @@ EXPLANATION = """\
 Each group ran in one go, on the same arrays. Times are medians of at least 5 rounds (3 for calls slower than 1 s), after
 warming up; each answer was compared with a float64 reference first: all losses, and of large cases a sample of the gradient's
 rows. GB/s counts only bytes that have to be moved: logits once, class probabilities once, the gradient once. "Of the limit" is
-the time of the `limit` rows over the peer's own: moving these bytes and doing nothing else, or, where all stays in cache, one
-maximum and one exponential an element, called from Python as everybody is. "Ratio" is the peer's time over that of `pyx_xent`
+the time of the slowest `limit` row over the peer's own: moving these bytes and doing nothing else, or one maximum and one
+exponential an element in cache, called from Python as everybody is. "Ratio" is the peer's time over that of `pyx_xent`
 with `grad_out=`. Times drift from run to run; ratios within a group hold.
 """
 
@@ -128,7 +128,7 @@ def draw_classes(groups, file):
             if row.name in FEW or (row.is_limit and not row.name.endswith(("1 thread", "in place"))):
                 name = "the machine's limit" if row.is_limit else row.name
                 points = series.setdefault(name, {})
-                if rows_of_case > points.get(classes, (0, 0))[0]:  # the larger batch of the same classes
+                if rows_of_case >= points.get(classes, (0, 0))[0]:  # the larger batch; of its limits the slowest, which is last
                     points[classes] = rows_of_case, row.nanoseconds
     if not series:
         return None

@@ -66,8 +66,8 @@ def names(case, operation):
     found = []
     if not in_cache(case):
         found += ["limit: read"] if operation == FORWARD else ["limit: read + write", "limit: in place"]
-    # Half the bytes are moved faster than float32 exponentials are taken, and there are no narrower ones as accurate.
-    if (in_cache(case) or case.logits_bytes < 4 * case.elements) and not (library and not library.has_arithmetic_limit()):
+    # Also where memory is read: exponentials may take longer. Half precision is computed in float32, float64 has other loops.
+    if case.dtype != "float64" and not (library and not library.has_arithmetic_limit()):
         found += ["limit: max, exp"] if operation == FORWARD else ["limit: max, exp, scale"]
     return found + ([name + ONE_THREAD for name in found] if case.variants else [])
 
