@@ -349,39 +349,27 @@ cdef inline floating pending_entry(floating kept, floating scale, bint has_class
     return plus_product(value, -unit, weight) if has_class_term else value
 
 
-cdef void pending_strips(
-    const floating* kept, Py_ssize_t count, floating scale,   # in   (count, LANES)
-    bint has_class_term, floating unit, const floating* weight,
-    floating* out, bint stream,                               # out  likewise; stream: from where a line of memory begins
-) noexcept nogil:
-    # To where they belong straight from the registers.
+cdef void stream_scaled(const floating* kept, Py_ssize_t count, floating scale, floating* out) noexcept nogil:
+    # From the registers past the caches. in   (count, LANES)   out  likewise, from where a line of memory begins
     cdef Py_ssize_t i
     cdef int l
     cdef floating v[LANES]
     for i in range(count):
         for l in range(LANES):
             v[l] = kept[i * LANES + l] * scale
-        if has_class_term and weight == NULL:
-            for l in range(LANES):
-                v[l] -= unit
-        elif has_class_term:
-            for l in range(LANES):
-                v[l] = plus_product(v[l], -unit, weight[i * LANES + l])
-        if stream:
-            stream_line(out + i * LANES, v)
-            if floating is double:
-                stream_line(out + i * LANES + LANES // 2, v + LANES // 2)
-        else:
-            for l in range(LANES):
-                out[i * LANES + l] = v[l]
+        stream_line(out + i * LANES, v)
+        if floating is double:
+            stream_line(out + i * LANES + LANES // 2, v + LANES // 2)
 
 
 cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) noexcept nogil:
-    # in   count   whole strips; what is before the first line of memory, or after the last, comes with them
+    # in   count   at most PIECE * LANES; what is before the first line of memory, or after the last strip, comes with them
     cdef const floating* kept = <const floating*>pending.kept + pending.done
     cdef floating* out = <floating*>pending.out + pending.done
     cdef const floating* weight = <const floating*>pending.weight
     cdef floating scale = <floating>pending.scale, unit = <floating>pending.unit
+    cdef floating piece[PIECE * LANES]
+    cdef floating* to
     cdef Py_ssize_t left = pending.classes - pending.done, single = 0, i
     if pending.classes == 0:
         return
@@ -393,12 +381,24 @@ cdef void write_pending(Pending* pending, Py_ssize_t count, floating compute) no
         weight += pending.done
     for i in range(single):
         out[i] = pending_entry(kept[i], scale, pending.has_class_term, unit, weight[i] if weight != NULL else <floating>1)
-    count = min(count, left - single) // LANES
-    pending_strips(
-        kept + single, count, scale, pending.has_class_term, unit, weight + single if weight != NULL else NULL, out + single,
-        pending.stream,
-    )
-    pending.done += single + count * LANES
+    kept += single
+    out += single
+    count = min(count, left - single) // LANES * LANES
+    if pending.stream and not pending.has_class_term:
+        stream_scaled(kept, count // LANES, scale, out)
+    else:
+        to = &piece[0] if pending.stream else out
+        for i in range(count):
+            to[i] = kept[i] * scale
+        if pending.has_class_term and weight == NULL:
+            for i in range(count):
+                to[i] -= unit
+        elif pending.has_class_term:
+            for i in range(count):
+                to[i] = plus_product(to[i], -unit, weight[single + i])
+        if pending.stream:
+            stream_out(out, to, count * sizeof(floating))
+    pending.done += single + count
     if pending.done == pending.classes:
         if pending.excluded >= 0:
             (<floating*>pending.out)[pending.excluded] = <floating>pending.at_excluded
