@@ -38,11 +38,15 @@ def test_every_public_function_has_an_example(module):
             assert ">>> " in item.__doc__, name
 
 
-@pytest.mark.parametrize("number", range(3))
+README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(4))
 def test_readme_examples(number):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
-    exec(compile(blocks[number], f"README example {number + 1}", "exec"), {})
+    assert len(README_EXAMPLES) == 4
+    if "torch" in README_EXAMPLES[number]:
+        pytest.importorskip("torch")
+    exec(compile(README_EXAMPLES[number], f"README example {number + 1}", "exec"), {})
 
 
 class TestTrainDigits:
@@ -90,6 +94,47 @@ class TestTrainDigits:
         assert "is not an IDX file" in self.run(tmp_path, "--mnist", str(tmp_path)).stderr
 
 
+def run_example(name, *arguments):
+    pytest.importorskip("torch")
+    for module in ("sklearn", "tqdm"):
+        pytest.importorskip(module)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("network", ["dense", "conv"])
+def test_train_digits_torch(network):
+    output = run_example("train_digits_torch.py", "--epochs", "8", "--network", network)
+    accuracies = [float(found) for found in re.findall(r"test accuracy ([\d.]+)%", output)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 90
+    assert float(re.search(r"difference of the first 50 losses: (\S+)", output)[1]) < 1e-3
+
+
+def test_train_language_model(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat, and the dog lay beside it. " * 200, encoding="utf-8")
+    small = ["--steps", "12", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch", "4"]
+    for head in ("tied", "untied"):
+        output = run_example("train_language_model.py", "--text", str(text), "--head", head, *small)
+        first, last = map(float, re.search(r"pyx_xent +loss ([\d.]+) -> ([\d.]+)", output).groups())
+        assert last < first
+        assert float(re.search(r"difference of the two curves: (\S+)", output)[1]) < 1e-2
+
+
+def test_standard_library_has_text(monkeypatch):
+    for module in ("torch", "tqdm"):
+        pytest.importorskip(module)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("train_language_model")
+    tokens = example.tokens_of(example.standard_library_text(), 32000)
+    assert len(tokens) > 100_000
+    assert tokens.max() < 32000
+
+
 def test_benchmarks_run():
     pytest.importorskip("pytest_benchmark")
     result = subprocess.run(
@@ -99,6 +144,17 @@ def test_benchmarks_run():
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout
+
+
+def test_every_clause_that_differs_is_on_the_page_of_differences():
+    spec = (ROOT / "docs/SPEC.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/differences.md").read_text(encoding="utf-8")
+    differing = {
+        clause for clause, text in re.findall(r"^(S\d+) (.*)$", spec, re.MULTILINE)
+        if not text.startswith("[=]") or re.search(r"\[(wider|stricter|safer|new)", text)
+    }  # fmt: skip
+    assert len(differing) > 15
+    assert differing <= set(re.findall(r"S\d+", page))
 
 
 def test_each_spec_clause_has_a_test_that_names_it():
