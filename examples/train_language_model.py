@@ -4,8 +4,8 @@
     python examples/train_language_model.py --text book.txt        on a text of yours
     python examples/train_language_model.py --loss pyx_xent --steps 2000
 
-Words are tokens; the vocabulary has as many entries as those of language models in use, whether or not the text fills it. Prints
-tokens per second, the share of the time spent in the loss (forward and backward), and the memory that the loss takes.
+Words are tokens; the vocabulary has as many entries as those of language models in use, whether or not the text fills it.
+Prints tokens per second, the share of the time spent in the loss (forward and backward), and the memory that the loss takes.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def train(tokens, name, options):
     optimizer = torch.optim.AdamW(model.parameters(), options.rate)
     generator = torch.Generator().manual_seed(options.seed)
     window = torch.arange(options.context + 1)
-    losses, peaks = [], []
+    losses, peak = [], None
     seconds = loss_seconds = 0.0
     with tqdm(total=options.steps, unit="step", desc=name) as progress:
         for step in range(options.steps):
@@ -122,9 +122,8 @@ def train(tokens, name, options):
                 return loss.item()
 
             before = time.perf_counter()
-            if step == options.steps - 1:
+            if step == 0:  # later, memory of the step before may be used again
                 loss, peak = with_peak(loss_and_gradient)
-                peaks.append(peak)
             else:
                 loss = loss_and_gradient()
             in_loss = time.perf_counter() - before
@@ -137,7 +136,7 @@ def train(tokens, name, options):
                 loss_seconds += in_loss
             progress.update()
             progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
-    return losses, seconds, loss_seconds, peaks[0]
+    return losses, seconds, loss_seconds, peak
 
 
 def main():
@@ -165,14 +164,16 @@ def main():
     if len(tokens) <= options.context:
         sys.exit(f"the text has {len(tokens)} words; one sample takes {options.context + 1}")
     rows = options.batch * options.context
-    print(f"{len(tokens):,} tokens; logits of a step: {rows} x {options.vocabulary}, {rows * options.vocabulary * 4 / 1e6:.0f} MB")
+    megabytes = rows * options.vocabulary * 4 / 1e6
+    print(f"{len(tokens):,} tokens; logits of a step: {rows} x {options.vocabulary}, {megabytes:.0f} MB")
     curves = []
     for name in LOSSES if options.loss == "both" else [options.loss]:
         losses, seconds, loss_seconds, peak = train(tokens, name, options)
         curves.append(np.array(losses))
         memory = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
         print(
-            f"{name:9} loss {losses[0]:.4f} -> {np.mean(losses[-20:]):.4f}, {rows * (options.steps - 1) / seconds:,.0f} tokens/s, "
+            f"{name:9} loss {losses[0]:.4f} -> {np.mean(losses[-20:]):.4f}, "
+            f"{rows * (options.steps - 1) / seconds:,.0f} tokens/s, "
             f"{loss_seconds / seconds:.0%} of the time in the loss ({loss_seconds / (options.steps - 1) * 1e3:.1f} ms a step), "
             f"memory it takes: {memory}"
         )
