@@ -8,6 +8,7 @@ functional.py ── _arguments.pyx      every argument checked, then a Problem:
                                            blocks.pxi work.pxi    maximum and sum, gradient of up to ROWS rows; of one
                                              lanes.pxi              LANES columns or rows
                                                exp.pxi                one number
+linear.py       a linear layer and its loss, some rows at a time
 losses.py       objects with the constructors of torch.nn
 torch.py        the functions and modules of PyTorch; imported on request
 reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
@@ -27,6 +28,7 @@ from .functional import (
     softmax,
     softmax_backward,
 )
+from .linear import linear_cross_entropy, linear_cross_entropy_with_grad
 from .losses import CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "cross_entropy_with_grad",
     "get_num_threads",
     "isa",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
     "log_softmax",
     "log_softmax_backward",
     "nll_loss",

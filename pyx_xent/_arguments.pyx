@@ -317,25 +317,26 @@ cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except 
     cdef int k, part, first, last
     cdef Py_ssize_t found[2]
     cdef int storage = storage_of(array)
+    cdef bint started, empty = cnp.PyArray_SIZE(array) == 0        # of nothing, any strides will do
     if axis >= cnp.PyArray_NDIM(array) or storage < 0 or not cnp.PyArray_ISBEHAVED_RO(array):
         return False
     for part in range(2):
         first, last = (0, axis) if part == 0 else (axis + 1, cnp.PyArray_NDIM(array))
         found[part] = 0
+        started = False
         expected = 0
         for k in range(last - 1, first - 1, -1):
-            if cnp.PyArray_DIM(array, k) == 1:
+            if cnp.PyArray_DIM(array, k) == 1 or empty:
                 continue
             stride = cnp.PyArray_STRIDE(array, k)
             if stride % itemsize != 0:
                 return False
-            if expected == 0 and found[part] == 0:
+            if not started:
                 found[part] = stride // itemsize
+                started = True
             elif stride != expected:
                 return False
             expected = stride * cnp.PyArray_DIM(array, k)
-            if expected == 0 and k > first:      # broadcast along this dimension: no stride fits the next
-                return False
     if cnp.PyArray_STRIDE(array, axis) % itemsize != 0:
         return False
     description.data = cnp.PyArray_DATA(array)
@@ -418,6 +419,11 @@ cdef cnp.ndarray checked_output(object out, str name, tuple shape, object dtype,
     return array
 
 
+def check_output(out, str name, tuple shape, dtype, tuple inputs, tuple names):
+    """Raise unless `out` is an array of this shape and dtype that can be written and overlaps none of the inputs."""
+    checked_output(out, name, shape, dtype, inputs, names, False)
+
+
 # Results. NumPy's own casts would warn of a loss beyond the range of its dtype, or raise, when the gradient is written already.
 
 cdef cnp.ndarray rounded(cnp.ndarray values, object dtype):
@@ -495,6 +501,23 @@ cdef class Call:
     def row_state(self):
         """The (2, rows) float64 array that keep_state has filled: the argument `state` of a later call for the gradient."""
         return self.state
+
+    def of_rows(self):
+        """(class indices, sample weights, factors of the gradient): what linear.py takes from a call that it does not run.
+
+        Class indices are checked, -1 where ignored; they and sample weights are None where there are none. A factor is the upstream
+        gradient over the divisor of the mean, for all rows or for each.
+        """
+        factor = self.problem.grad_scale if self.grad_output is None else self.grad_output.reshape(-1) * self.problem.grad_scale
+        return self.target, None if self.sample_weight is None else self.sample_weight.reshape(-1), factor
+
+    def loss_of(self, cnp.ndarray losses):
+        """The reduced loss, from those of the rows, (rows,) float64, instead of running the call."""
+        if losses.dtype is not float64 or not cnp.PyArray_ISCARRAY_RO(losses) or not has_shape(losses, (self.rows,)):
+            raise ValueError(f"losses must be a C-contiguous float64 array of shape {(self.rows,)}")
+        self.loss_array = losses
+        self.problem.loss = <double*>cnp.PyArray_DATA(losses)
+        return self.loss()
 
     def gradient(self):
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""

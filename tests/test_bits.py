@@ -410,3 +410,13 @@ def test_rows_too_long_to_keep_their_exponentials(isa, rng, many_threads):
             found = px.cross_entropy_with_grad(x, target, grad_out=grad_out, num_threads=num_threads)
             assert same_bits(found[0], loss)
             assert same_bits(found[1], criterion.backward())
+
+
+def test_rows_broadcast_along_several_axes(isa, dtype, rng):
+    row = rng.normal(size=20).astype(dtype)
+    target = rng.integers(0, 20, (3, 4, 5))
+    expected = px.cross_entropy_with_grad(np.tile(row, (3, 4, 5, 1)), target, axis=-1, reduction="none")
+    for logits in (np.broadcast_to(row, (3, 4, 5, 20)), np.broadcast_to(np.tile(row, (5, 1)), (3, 4, 5, 20))):
+        found = px.cross_entropy_with_grad(logits, target, axis=-1, reduction="none")
+        assert same_bits(found[0], expected[0])
+        assert same_bits(np.ascontiguousarray(found[1]), expected[1])

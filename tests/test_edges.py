@@ -271,3 +271,16 @@ def test_a_loss_beyond_its_dtype_raises_nothing_after_the_gradient_is_written(is
     assert np.isfinite(grad).all()
     if reduction == "none":
         assert 0 < out[1] < np.finfo(np.float32).tiny
+
+
+@pytest.mark.spec("S26")
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((2, 0, 3), -1), ((0, 2, 3), -1), ((2, 3, 0), 1), ((2, 3, 4, 0), 1), ((2, 3, 0, 4), 1)]
+)
+def test_no_rows_along_any_axis(dtype, shape, axis):
+    rows = list(shape)
+    del rows[axis]
+    loss, grad = px.cross_entropy_with_grad(np.zeros(shape, dtype), np.zeros(rows, int), axis=axis, reduction="none")
+    assert loss.shape == tuple(rows)
+    assert grad.shape == shape
+    assert np.isnan(px.cross_entropy(np.zeros(shape, dtype), np.zeros(rows, int), axis=axis))

@@ -1,0 +1,199 @@
+"""SPEC S39: linear_cross_entropy is cross_entropy of explicit logits, and its gradients are those of the products."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import assert_close
+
+import pyx_xent as px
+from pyx_xent import linear, reference
+
+pytestmark = pytest.mark.spec("S39")
+TOLERANCE = {np.float32: 1e-5, np.float64: 1e-10}
+ROWS, CLASSES, WIDTH = 13, 37, 5
+
+
+def problem(rng, dtype, rows=(ROWS,), soft=False):
+    hidden = rng.normal(size=(*rows, WIDTH)).astype(dtype)
+    weight, bias = rng.normal(size=(CLASSES, WIDTH)).astype(dtype), rng.normal(size=CLASSES).astype(dtype)
+    target = rng.random((*rows, CLASSES)).astype(dtype) if soft else rng.integers(0, CLASSES, rows)
+    if not soft and target.size > 3:
+        target.reshape(-1)[[1, 2, -1]] = -100
+    return hidden, weight, bias, target
+
+
+def explicit(hidden, weight, bias, target, logit_scale=1.0, softcap=None, class_weight=None, **options):
+    """Loss and gradients in float64, from logits as one array."""
+    h, w = np.float64(hidden), np.float64(weight)
+    raw = (h @ w.T + (0 if bias is None else bias)) * logit_scale
+    logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    loss, grad = reference.cross_entropy_with_grad(logits, target, class_weight, axis=-1, **options)
+    grad = grad * logit_scale
+    if softcap is not None:
+        grad = grad * (1 - np.tanh(raw / softcap) ** 2)
+    flat = grad.reshape(-1, len(w))
+    return loss, (grad @ w, flat.T @ h.reshape(-1, h.shape[-1]), None if bias is None else flat.sum(0))
+
+
+def check(found, expected, dtype):
+    assert_close(found[0], expected[0], TOLERANCE[dtype])
+    for gradient, wanted in zip(found[1], expected[1], strict=True):
+        assert (gradient is None) == (wanted is None)
+        if wanted is not None:
+            assert gradient.dtype == dtype
+            assert_close(gradient, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * CLASSES * 8, 1 << 20])
+def test_every_option(dtype, rng, soft, reduction, chunk_bytes):
+    hidden, weight, bias, target = problem(rng, dtype, soft=soft)
+    class_weight, samples = rng.random(CLASSES).astype(dtype), rng.random(ROWS)
+    g = rng.random(ROWS) if reduction == "none" else 0.7
+    for with_bias, weighted, sampled, smoothing, z_loss in itertools.product([False, True], repeat=5):
+        options = {
+            "label_smoothing": 0.2 * smoothing, "z_loss": 0.1 * z_loss, "sample_weight": samples if sampled else None,
+            "reduction": reduction, "grad_output": g,
+        }  # fmt: skip
+        used_bias, used_weight = bias if with_bias else None, class_weight if weighted else None
+        expected = explicit(hidden, weight, used_bias, target, class_weight=used_weight, **options)
+        found = px.linear_cross_entropy_with_grad(
+            hidden, weight, target, linear_bias=used_bias, weight=used_weight, chunk_bytes=chunk_bytes, **options
+        )
+        check(found, expected, dtype)
+        del options["grad_output"]
+        loss = px.linear_cross_entropy(
+            hidden, weight, target, linear_bias=used_bias, weight=used_weight, chunk_bytes=chunk_bytes, **options
+        )
+        np.testing.assert_array_equal(loss, found[0])
+        assert loss.dtype == found[0].dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{"logit_scale": 0.3}, {"softcap": 2.0}, {"logit_scale": 3.0, "softcap": 5.0}], ids=str)
+def test_scaled_and_capped_logits(dtype, rng, options):
+    hidden, weight, bias, target = problem(rng, dtype)
+    found = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias, chunk_bytes=3 * CLASSES * 8, **options)
+    check(found, explicit(hidden, weight, bias, target, **options), dtype)
+    np.testing.assert_array_equal(
+        px.linear_cross_entropy(hidden, weight, target, linear_bias=bias, chunk_bytes=3 * CLASSES * 8, **options), found[0]
+    )
+
+
+def test_shifted_targets_are_those_of_the_next_position(dtype, rng):
+    for rows in ((3, 6), (6,), (2, 2, 4), (2, 1)):
+        hidden, weight, bias, target = problem(rng, dtype, rows)
+        for reduction in ("none", "sum"):
+            expected = explicit(hidden[..., :-1, :], weight, bias, target[..., 1:], reduction=reduction)
+            found = px.linear_cross_entropy_with_grad(
+                hidden, weight, target, linear_bias=bias, reduction=reduction, shift=True, chunk_bytes=2 * CLASSES * 8
+            )
+            last = np.zeros((*rows[:-1], 1, WIDTH))
+            of_hidden = np.concatenate([expected[1][0], last], axis=-2)
+            expected = expected[0], (of_hidden, *expected[1][1:])
+            check(found, expected, dtype)
+            assert not found[1][0][..., -1, :].any()
+
+
+def test_one_row_and_no_rows(dtype, rng):
+    hidden, weight, bias, _ = problem(rng, dtype)
+    check(
+        px.linear_cross_entropy_with_grad(hidden[0], weight, 3, linear_bias=bias),
+        explicit(hidden[0], weight, bias, np.array(3)),
+        dtype,
+    )
+    for target in (np.full(ROWS, -100), np.zeros(0, int)):
+        loss, gradients = px.linear_cross_entropy_with_grad(hidden[: len(target)], weight, target, linear_bias=bias)
+        assert np.isnan(loss)
+        assert not any(gradient.any() for gradient in gradients)
+        assert px.linear_cross_entropy(hidden[: len(target)], weight, target, empty="zero") == 0
+
+
+def test_ignored_rows_are_inert(dtype, rng):
+    hidden, weight, bias, target = problem(rng, dtype)
+    expected = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias)
+    hidden[target == -100] = np.nan
+    loss, gradients = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias)
+    assert loss == expected[0]
+    for gradient, wanted in zip(gradients, expected[1], strict=True):
+        np.testing.assert_array_equal(gradient, wanted)
+    assert not gradients[0][target == -100].any()
+
+
+def test_only_what_is_wanted_is_computed_and_where_it_is_wanted(dtype, rng):
+    hidden, weight, bias, target = problem(rng, dtype)
+    expected = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias)[1]
+    places = [np.full_like(gradient, 7) for gradient in expected]
+    for name, wanted, place in zip(linear.GRADIENTS, expected, places, strict=True):
+        _, found = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias, wanted=[name])
+        assert [gradient is not None for gradient in found] == [other == name for other in linear.GRADIENTS]
+        np.testing.assert_array_equal(found[linear.GRADIENTS.index(name)], wanted)
+        assert (place == 7).all()
+    _, found = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias, grad_out=places)
+    for place, gradient, wanted in zip(places, found, expected, strict=True):
+        assert gradient is place
+        np.testing.assert_array_equal(place, wanted)
+
+
+def test_wide_vocabularies_are_added_up_in_parts(rng, monkeypatch):
+    hidden, weight, _, target = problem(rng, np.float64)
+    expected = px.linear_cross_entropy_with_grad(hidden, weight, target)[1][1]
+    monkeypatch.setattr(linear, "CLASSES_AT_ONCE", 10)
+    found = px.linear_cross_entropy_with_grad(hidden, weight, target, chunk_bytes=3 * CLASSES * 8)[1][1]
+    assert_close(found, expected, 1e-13)
+
+
+def test_errors_leave_everything_as_it_was(rng):
+    hidden, weight, bias, target = problem(rng, np.float32)
+    places = [np.full_like(array, 7) for array in (hidden, weight, bias)]
+    out = np.full((), 7, np.float32)
+
+    def call(**changed):
+        arguments = {
+            "hidden": hidden, "linear_weight": weight, "target": target, "linear_bias": bias, "grad_out": places, "out": out
+        } | changed  # fmt: skip
+        px.linear_cross_entropy_with_grad(**arguments)
+
+    wrong = target.copy()
+    wrong[5] = CLASSES
+    backwards = places[0][::-1]
+    for changed, error, message in [
+        ({"target": wrong}, IndexError, r"Target 37 is out of bounds. \(target\[5\]"),
+        ({"target": target[:-1]}, ValueError, "target"),
+        ({"hidden": hidden[:, :-1]}, ValueError, r"hidden must have shape \(..., H\) and linear_weight \(C, H\)"),
+        ({"hidden": hidden.astype(int)}, TypeError, "hidden must be float32 or float64, got int64"),
+        ({"linear_weight": weight.astype(np.float64)}, TypeError, "linear_weight must have the dtype of hidden"),
+        ({"linear_bias": bias[:-1]}, ValueError, r"linear_bias must have shape \(37,\), got \(36,\)"),
+        ({"softcap": 0}, ValueError, "softcap must be finite and positive"),
+        ({"logit_scale": np.nan}, ValueError, "logit_scale must be finite"),
+        ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be at least 1"),
+        ({"wanted": ["logits"]}, ValueError, "wanted must be of"),
+        ({"grad_out": places[:2]}, ValueError, "grad_out must have three entries"),
+        ({"grad_out": [hidden, None, None]}, ValueError, r"grad_out\[0\] overlaps hidden"),
+        ({"grad_out": [places[0], weight, None]}, ValueError, r"grad_out\[1\] overlaps linear_weight"),
+        ({"grad_out": [backwards, None, None]}, ValueError, "C-contiguous"),
+        ({"grad_out": [places[1], None, None]}, ValueError, r"grad_out\[0\] must have shape"),
+        ({"out": hidden[0, 0:1].reshape(())}, ValueError, "out overlaps hidden"),
+        ({"reduction": "some"}, ValueError, "not a valid value"),
+        ({"shift": True, "target": target[:-1]}, ValueError, "shift=True needs"),
+    ]:
+        with pytest.raises(error, match=message):
+            call(**changed)
+        assert all((place == 7).all() for place in [*places, out])
+    call()
+    assert out == px.linear_cross_entropy(hidden, weight, target, linear_bias=bias)
+
+
+@pytest.mark.skipif(not __import__("sys").platform.startswith("linux"), reason="looks into /proc")
+def test_logits_are_never_one_array():
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import memory
+
+    hidden, weight = np.zeros((2000, 8), np.float32), np.zeros((50000, 8), np.float32)
+    target = np.zeros(2000, int)
+    px.linear_cross_entropy_with_grad(hidden[:2], weight, target[:2])
+    memory.reset_mark()
+    before = memory.resident("VmRSS")
+    px.linear_cross_entropy_with_grad(hidden, weight, target)
+    assert memory.resident("VmHWM") - before < 80 << 20  # the logits would be 400 MB
