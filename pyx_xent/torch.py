@@ -27,7 +27,6 @@ __all__ = ["CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss", "patch", 
 
 _CPU = torch.device("cpu")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 _SERIAL = 1 << 16  # elements: smaller calls have one thread anyway
 _theirs = {"cross_entropy": torch.nn.functional.cross_entropy, "nll_loss": torch.nn.functional.nll_loss}
@@ -98,7 +97,7 @@ def reuse_gradients(max_bytes):
     ----------
     max_bytes : int
         Larger gradients are not kept; 0 keeps none, and gives back what is kept now. 512 MiB when nothing was set. Gradients
-        below 4 MiB are left to PyTorch's allocator.
+        below 4 MiB are never kept.
 
     Examples
     --------
@@ -439,26 +438,28 @@ def _is_transformed():
 
 def _compute(name, input, target, weight, options, inplace):
     """The loss: options are reduction, ignore_index, label_smoothing, log_probs."""
-    if torch.compiler.is_compiling() or not _is_plain(input, target, weight):
-        if not torch.compiler.is_compiling():
-            for what, tensor in (("input", input), ("target", target), ("weight", weight)):
-                if not isinstance(tensor, Tensor) and not (what == "weight" and tensor is None):
-                    raise TypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
-        if input.dtype in _HALVES and _loss_dtype(input, target, weight) is torch.float32:  # autocast, or wide probabilities
-            input = input.float()
-        return _cross_entropy_op(input, target, weight, *options)[0]
-    if _is_transformed():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _is_transformed():
         smoothing = {} if options[3] else {"label_smoothing": options[2]}
         return _theirs[name](input, target, weight, reduction=options[0], ignore_index=options[1], **smoothing)
+    plain = not compiling and _is_plain(input, target, weight)
+    if not (plain or compiling):
+        for what, tensor in (("input", input), ("target", target), ("weight", weight)):
+            if not isinstance(tensor, Tensor) and not (what == "weight" and tensor is None):
+                raise TypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("the derivative for 'weight' is not implemented: pass weight.detach()")
     dtype = _loss_dtype(input, target, weight)
-    if torch.is_grad_enabled():
-        if weight is not None and weight.requires_grad:
-            raise RuntimeError("the derivative for 'weight' is not implemented: pass weight.detach()")
-        if input.requires_grad or target.requires_grad:
-            if inplace and input.requires_grad and input.is_leaf:
-                raise RuntimeError("inplace_backward=True would overwrite a leaf tensor that requires grad")
-            made = _Made(input, target, weight, options, dtype, inplace)
-            return _apply(input, target if target.requires_grad else None, weight, made)
+    if not plain:
+        if input.dtype in _HALVES and dtype is torch.float32:  # autocast, or wide probabilities
+            input = input.float()
+        return _cross_entropy_op(input, target, weight, *options)[0]
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        if inplace and input.requires_grad and input.is_leaf:
+            raise RuntimeError("inplace_backward=True would overwrite a leaf tensor that requires grad")
+        inplace = inplace and not input.is_neg()  # whose memory holds other numbers than it shows
+        made = _Made(input, target, weight, options, dtype, inplace)
+        return _apply(input, target if target.requires_grad else None, weight, made)
     return _loss(_call(input, target, weight, options), dtype)
 
 
@@ -619,7 +620,7 @@ def _is_ours(input, target, weight):
         not torch.compiler.is_compiling()
         and len(_patches) > 0
         and _is_plain(input, target, weight)
-        and input.dtype in _DTYPES
+        and input.dtype in _ARRAY_DTYPES
         and not _is_transformed()
         and not (weight is not None and weight.requires_grad)
     )

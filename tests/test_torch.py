@@ -18,6 +18,7 @@ from pyx_xent import _threads
 
 torch = pytest.importorskip("torch")
 ours = importlib.import_module("pyx_xent.torch")
+FlopCounterMode = importlib.import_module("torch.utils.flop_counter").FlopCounterMode
 F = torch.nn.functional
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -168,6 +169,22 @@ def test_memory_layouts_and_modes_do_not_change_a_bit(generator, dtype, kind):
             assert loss == expected
             assert not loss.requires_grad
             assert ours.cross_entropy(logits * 1, target) == expected
+
+
+def test_weights_that_require_grad_are_refused_however_the_call_comes():
+    logits, target, weight = torch.randn(3, 5, requires_grad=True), torch.rand(3, 5), torch.ones(5, requires_grad=True)
+    with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="derivative for 'weight'"):
+        ours.cross_entropy(logits, target, weight)
+    with pytest.raises(Exception, match="derivative for 'weight'"):
+        torch.compile(ours.cross_entropy, fullgraph=True, backend="aot_eager")(logits, target, weight)
+
+
+def test_in_place_with_the_negative_bit():
+    z = torch.randn(3, 5, dtype=torch.complex64, requires_grad=True)
+    x, target = torch.imag(torch.conj(z)), torch.tensor([0, 1, 2])
+    assert x.is_neg()
+    expected = torch.autograd.grad(F.cross_entropy(x, target), z, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(ours.cross_entropy(x, target, inplace_backward=True), z), expected)
 
 
 def test_negative_bit():
@@ -694,7 +711,7 @@ def test_patch_leaves_to_pytorch_what_is_not_plain(calls):
         with torch.autograd.forward_ad.dual_level():
             F.cross_entropy(torch.autograd.forward_ad.make_dual(logits, logits), target)
         F.cross_entropy(logits, logits.softmax(1), torch.ones(5, requires_grad=True)).backward()
-        with torch.utils.flop_counter.FlopCounterMode(display=False):
+        with FlopCounterMode(display=False):
             F.cross_entropy(logits, target)
         assert calls == []
         F.cross_entropy(logits, target)
