@@ -101,6 +101,12 @@ cdef cnp.ndarray as_floating(object value, str name):
     return array
 
 
+def floating(value, str name):
+    """An array of float32, float64, float16 or bfloat16 in the byte order of the machine; TypeError if `value` is none."""
+    cdef cnp.ndarray array = as_floating(value, name)
+    return array if array.dtype.isnative else array.astype(native_dtype(array))
+
+
 cdef cnp.ndarray as_real(object value, str name):
     cdef cnp.ndarray array = as_array(value, name)
     if array.dtype.kind not in "fiub" and storage_of(array) != BFLOAT16:
@@ -113,7 +119,7 @@ cdef cnp.ndarray as_doubles(object value, str name):
     return np.require(as_real(value, name), float64, ["C", "A"])
 
 
-cdef double as_double(object value, str name) except? -1.0:
+cpdef double as_double(object value, str name) except? -1.0:
     if type(value) is float:
         return value
     try:

@@ -1,24 +1,31 @@
 """A linear layer and its cross-entropy without the logits: some rows at a time, loss and gradients before the next ones.
 
-The products are NumPy's, whatever BLAS that has; what is between them is `cross_entropy_with_grad`, in place. Memory of its own
-is a buffer of `chunk_bytes` for logits, and as much again where `softcap` needs them beside their gradient.
+_Problem        the checked arguments, and what is done between the products: bias, softcap, the loss and its gradient in place
+_Gradients      what the rows add up to
+Products        the three matrix products by NumPy's BLAS; pyx_xent.torch has PyTorch's in their place
+
+Memory of its own is a buffer of `chunk_bytes` for logits, and PART_BYTES beside it; for half types the float32 sums of the
+gradient with respect to linear_weight, too.
 """
 
+import concurrent.futures
 import operator
 
 import numpy as np
 
-from . import _arguments, _dispatch
+from . import _arguments, _dispatch, _threads
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
 CHUNK_BYTES = 64 << 20
-# Classes whose weights' gradient is computed at once, before it is added to that of other rows: BLAS multiplies, but does not
-# add, and a temporary of all classes would be as large as the gradient.
-CLASSES_AT_ONCE = 8192
+# BLAS multiplies, but NumPy's matmul does not add to what is there: so much of a product is made, and added, at once.
+PART_BYTES = 6 << 20
+# Rows of as many logits as a near cache holds go through bias, softcap and loss together.
+LOGITS_AT_ONCE = 1 << 18
 GRADIENTS = ("hidden", "linear_weight", "linear_bias")
 
 
+@np.errstate(all="ignore")
 def linear_cross_entropy(
     hidden,
     linear_weight,
@@ -87,11 +94,12 @@ def linear_cross_entropy(
         hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer,
         z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes,
     )  # fmt: skip
-    for rows in problem.chunks():
-        problem.loss_of(rows)
+    for rows in problem.chunks:
+        problem.run(rows, want_gradient=False)
     return problem.loss()
 
 
+@np.errstate(all="ignore")
 def linear_cross_entropy_with_grad(
     hidden,
     linear_weight,
@@ -158,44 +166,104 @@ z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes
         z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes, grad_output,
     )  # fmt: skip
     gradients = _Gradients(problem, grad_out, wanted)
-    for rows in problem.chunks():
-        gradients.add(rows, problem.gradient_of(rows))
+    for rows in problem.chunks:
+        gradients.add(rows, *problem.run(rows, want_gradient=True))
     return problem.loss(), gradients.finished()
 
 
-def _number(value, name, positive=False):
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if not np.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name} must be finite{' and positive' if positive else ''}, got {value}")
+class Products:
+    """The products of some rows with linear_weight by NumPy's BLAS, in float32 or float64; half types are converted for it.
+
+    That BLAS has threads of its own, and OpenMP's wait for work in a loop which takes the cores from them: what is done between
+    products goes to threads of Python's instead.
+    """
+
+    on_python_threads = True
+
+    def __init__(self, linear_weight):
+        self.linear_weight = linear_weight
+        self.dtype = np.dtype(np.float64 if linear_weight.dtype == np.float64 else np.float32)
+        self.buffer_dtype = self.dtype  # of logits and their gradient
+        classes, width = linear_weight.shape
+        size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
+        self.parts = [slice(first, min(first + size, classes)) for first in range(0, classes, size)]
+        self.converted = self.parts if linear_weight.dtype != self.dtype else [slice(None)]
+        self._part = None
+
+    def wide(self, array):
+        """The array in the dtype that is computed in."""
+        return array.astype(self.dtype, copy=False)
+
+    def store(self, values, out, places):
+        """out[places] = values, rounded"""
+        out[places] = values
+
+    def logits(self, hidden, out):
+        """out (rows, C) = hidden @ linear_weight.T"""
+        for some in self.converted:
+            np.matmul(self.wide(hidden), self.wide(self.linear_weight[some]).T, out=out[:, some])
+
+    def grad_hidden(self, gradient):
+        """gradient @ linear_weight, (rows, H)"""
+        return sum(gradient[:, some] @ self.wide(self.linear_weight[some]) for some in self.converted)
+
+    def add_grad_weight(self, gradient, hidden, total, first):
+        """total (C, H) += gradient.T @ hidden; = for the first rows"""
+        hidden = self.wide(hidden)
+        if first and total.dtype == self.dtype:
+            np.matmul(gradient.T, hidden, out=total)
+            return
+        for some in self.parts:
+            if self._part is None:
+                self._part = np.empty((some.stop, hidden.shape[1]), self.dtype)
+            part = np.matmul(gradient[:, some].T, hidden, out=self._part[: some.stop - some.start])
+            if first:
+                self.store(part, total, some)
+            else:
+                total[some] += part
+
+    def sums_of_classes(self, gradient):
+        """(C,)"""
+        return np.ones(len(gradient), gradient.dtype) @ gradient
+
+
+def _finite(value, name):
+    value = _arguments.as_double(value, name)
+    if not np.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     return value
 
 
+def _neighbours(places):
+    """Ascending places, as a slice if they are neighbours: what is there need not be copied then."""
+    return slice(places[0], places[-1] + 1) if places[-1] - places[0] + 1 == len(places) else places
+
+
 class _Problem:
-    """The checked arguments, and what is computed of some rows."""
+    """The checked arguments, and what is done with some rows between the products."""
 
     def __init__(
         self, hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight,
         normalizer, z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes, grad_output=None,
+        products=Products,
     ):  # fmt: skip
-        hidden, linear_weight = np.asarray(hidden), np.asarray(linear_weight)
-        if hidden.dtype not in (np.float32, np.float64):
-            raise TypeError(f"hidden must be float32 or float64, got {hidden.dtype}")
+        hidden = _arguments.floating(hidden, "hidden")
+        linear_weight = _arguments.floating(linear_weight, "linear_weight")
         if linear_weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != linear_weight.shape[1]:
             raise ValueError(
                 f"hidden must have shape (..., H) and linear_weight (C, H), got {hidden.shape} and {linear_weight.shape}"
             )
         classes = len(linear_weight)
-        self.bias = None if linear_bias is None else np.asarray(linear_bias)
-        for name, array in (("linear_weight", linear_weight), ("linear_bias", self.bias)):
+        bias = None if linear_bias is None else _arguments.floating(linear_bias, "linear_bias")
+        for name, array in (("linear_weight", linear_weight), ("linear_bias", bias)):
             if array is not None and array.dtype != hidden.dtype:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {array.dtype}")
-        if self.bias is not None and self.bias.shape != (classes,):
-            raise ValueError(f"linear_bias must have shape ({classes},), got {self.bias.shape}")
-        self.logit_scale = _number(logit_scale, "logit_scale")
-        self.softcap = None if softcap is None else _number(softcap, "softcap", positive=True)
+        if bias is not None and bias.shape != (classes,):
+            raise ValueError(f"linear_bias must have shape ({classes},), got {bias.shape}")
+        self.logit_scale = _finite(logit_scale, "logit_scale")
+        self.softcap = None if softcap is None else _finite(softcap, "softcap")
+        if softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
         chunk_bytes = operator.index(chunk_bytes)
         if chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
@@ -213,7 +281,7 @@ class _Problem:
             rows, target = (*rows[:-1], max(0, rows[-1] - 1)), target[..., 1:]
         # Everything that cross_entropy would check, on a stand-in for the logits that takes no memory.
         stand_in = np.broadcast_to(np.zeros((), hidden.dtype), (*rows, classes))
-        self.inputs = (hidden, linear_weight, given, self.bias, weight, sample_weight, grad_output)
+        self.inputs = (hidden, linear_weight, given, bias, weight, sample_weight, grad_output)
         self.names = ("hidden", "linear_weight", "target", "linear_bias", "weight", "sample_weight", "grad_output")
         if out is not None:
             shape = rows if reduction == "none" else ()
@@ -225,68 +293,75 @@ class _Problem:
         )  # fmt: skip
         self.labels, self.samples, self.factor = self.checked.of_rows()
         self.probabilities = target.reshape(-1, classes) if self.labels is None else None
-        self.live = np.arange(len(self.places)) if self.labels is None else np.flatnonzero(self.labels >= 0)
-        self.weight, self.label_smoothing, self.z_loss, self.num_threads = weight, label_smoothing, z_loss, num_threads
-        self.linear_weight = linear_weight
+        self.weight, self.label_smoothing, self.z_loss = weight, label_smoothing, z_loss
         self.losses = np.zeros(len(self.places))
-        most = max(1, chunk_bytes // max(1, classes * hidden.itemsize))
-        chunks = -(-len(self.live) // most)
-        self.rows_at_once = -(-len(self.live) // max(1, chunks))  # alike, so that none is left with a few rows
-        self.buffers = {}
-
-    def chunks(self):
-        """Rows that are not ignored, some at a time; Ctrl-C is heard between them."""
-        for start in range(0, len(self.live), max(1, self.rows_at_once)):
-            yield self.live[start : start + self.rows_at_once]
-
-    def buffer(self, name, rows):
-        """(rows, C), the same memory each time"""
-        if name not in self.buffers:
-            self.buffers[name] = np.empty((self.rows_at_once, len(self.linear_weight)), self.hidden.dtype)
-        return self.buffers[name][:rows]
+        live = np.arange(len(self.places)) if self.labels is None else np.flatnonzero(self.labels >= 0)
+        self.products = products(linear_weight)
+        self.bias = None if bias is None else self.products.wide(bias) * self.products.dtype.type(self.logit_scale)
+        most = max(1, chunk_bytes // max(1, classes * self.products.buffer_dtype.itemsize))
+        count = -(-len(live) // most)
+        size = -(-len(live) // max(1, count))  # alike, so that no chunk is left with a few rows
+        self.chunks = [live[first : first + size] for first in range(0, len(live), max(1, size))]
+        self.buffer = np.empty((size, classes), self.products.buffer_dtype)
+        if self.products.on_python_threads:  # of which one costs what some of OpenMP's do
+            self.parts, self.threads_of_part = _threads.for_work(num_threads, self.buffer.size // 16), 1
+        else:
+            self.parts, self.threads_of_part = 1, num_threads
 
     def hidden_of(self, rows):
-        places = self.places[rows]
-        if places[-1] - places[0] + 1 == len(places):  # neighbours: no copy
-            return self.hidden[places[0] : places[-1] + 1]
-        return self.hidden[places]
+        hidden = self.hidden[_neighbours(self.places[rows])]
+        return hidden if self.logit_scale == 1 else self.products.wide(hidden) * self.products.dtype.type(self.logit_scale)
 
-    def _call(self, rows, want_gradient):
-        """(the call for the loss of some rows, their logits as they came, with softcap)"""
-        logits = np.matmul(self.hidden_of(rows), self.linear_weight.T, out=self.buffer("logits", len(rows)))
-        if self.bias is not None:
-            logits += self.bias
-        if self.logit_scale != 1:
-            logits *= self.logit_scale
-        capped, gradient = None, logits
-        if self.softcap is not None:
-            logits /= self.softcap
-            capped = np.tanh(logits, out=logits)
-            gradient = self.buffer("gradient", len(rows)) if want_gradient else None
-            logits = np.multiply(capped, self.softcap, out=gradient)
-        target = self.labels[rows] if self.probabilities is None else self.probabilities[rows]
+    def run(self, rows, want_gradient):
+        """Compute the losses of some rows; -> their hidden, as multiplied, and the gradient of the product, (rows, C)."""
+        hidden, logits = self.hidden_of(rows), self.buffer[: len(rows)]
+        self.products.logits(hidden, logits)
+        size = -(-len(rows) // self.parts)
+        parts = [slice(first, first + size) for first in range(0, len(rows), size)]
+
+        def finish(part):
+            self._finish(rows[part], logits[part], want_gradient)
+
+        if len(parts) == 1:
+            finish(parts[0])
+        else:
+            with concurrent.futures.ThreadPoolExecutor(len(parts)) as threads:
+                list(threads.map(finish, parts))
+        return hidden, logits
+
+    @np.errstate(all="ignore")
+    def _finish(self, rows, products, want_gradient):
+        """From products with linear_weight to losses and, in place, the gradient."""
+        if self.bias is None and self.softcap is None:
+            self._losses(rows, products, want_gradient)
+            return
+        size = max(1, LOGITS_AT_ONCE // products.shape[1])
+        for some in (slice(first, first + size) for first in range(0, len(rows), size)):
+            logits = self.products.wide(products[some])
+            if self.bias is not None:
+                logits += self.bias
+            if self.softcap is not None:
+                logits /= self.softcap
+                np.tanh(logits, out=logits)
+                slope = 1 - np.square(logits)
+                logits *= self.softcap
+            self._losses(rows[some], logits, want_gradient)
+            if want_gradient:
+                if self.softcap is not None:
+                    logits *= slope
+                self.products.store(logits, products, some)
+
+    def _losses(self, rows, logits, want_gradient):
+        target = self.labels[rows] if self.probabilities is None else self.probabilities[_neighbours(rows)]
         factor = self.factor if np.ndim(self.factor) == 0 else self.factor[rows]
-        more = (factor, gradient, True) if want_gradient else ()
         call = _arguments.cross_entropy(
             logits, target, self.weight, -100, "none", self.label_smoothing, -1,
-            None if self.samples is None else self.samples[rows], None, self.z_loss, "nan", None, self.num_threads, *more,
+            None if self.samples is None else self.samples[rows], None, self.z_loss, "nan", None, self.threads_of_part,
+            *((factor, logits, True) if want_gradient else ()),
         )  # fmt: skip
         _dispatch.kernels.run(call)
+        call.gradient()
         self.losses[rows] = call.loss_in_double()
-        return call, capped
-
-    def loss_of(self, rows):
-        self._call(rows, False)
-
-    def gradient_of(self, rows):
-        """Of the products: (rows, C)"""
-        call, capped = self._call(rows, True)
-        gradient = call.gradient()
-        if capped is not None:
-            gradient *= 1 - np.square(capped, out=capped)
-        if self.logit_scale != 1:
-            gradient *= self.logit_scale
-        return gradient
 
     def loss(self):
         return self.checked.loss_of(self.losses)
@@ -301,38 +376,48 @@ class _Gradients:
             raise ValueError(f"wanted must be of {GRADIENTS}, got {sorted(unknown)}")
         if len(grad_out) != 3:
             raise ValueError(f"grad_out must have three entries, for {GRADIENTS}, got {len(grad_out)}")
-        classes, width = problem.linear_weight.shape
-        self.problem = problem
+        linear_weight, dtype = problem.inputs[1], problem.hidden.dtype
+        self.problem, self.products = problem, problem.products
         self.arrays = {}
         inputs, names = problem.inputs, problem.names
-        for name, form, given in zip(GRADIENTS, (problem.shape, (classes, width), (classes,)), grad_out, strict=True):
+        shapes = (problem.shape, linear_weight.shape, linear_weight.shape[:1])
+        for k, (name, shape, given) in enumerate(zip(GRADIENTS, shapes, grad_out, strict=True)):
             if given is not None:
-                title = f"grad_out[{GRADIENTS.index(name)}]"
-                _arguments.check_output(given, title, form, problem.hidden.dtype, inputs, names)
+                title = f"grad_out[{k}]"
+                _arguments.check_output(given, title, shape, dtype, inputs, names)
                 if not given.flags.c_contiguous:
                     raise ValueError(f"{title} must be C-contiguous")
                 inputs, names = (*inputs, given), (*names, title)
             if name in wanted and not (name == "linear_bias" and problem.bias is None):
-                self.arrays[name] = np.empty(form, problem.hidden.dtype) if given is None else given
-        for array in self.arrays.values():
-            array.fill(0)
-        self.bias = np.zeros(classes)
+                self.arrays[name] = np.empty(shape, dtype) if given is None else given
+        if "hidden" in self.arrays and sum(map(len, problem.chunks)) < len(problem.hidden):
+            self.arrays["hidden"].fill(0)
+        self.weight = self.arrays.get("linear_weight")
+        if self.weight is not None:
+            if not problem.chunks:
+                self.weight.fill(0)
+            elif len(problem.chunks) > 1 and dtype != self.products.dtype:
+                self.weight = np.empty(self.weight.shape, self.products.dtype)
+        self.bias = np.zeros(len(linear_weight))
 
-    def add(self, rows, gradient):
-        """gradient (rows, C): of the logits"""
-        problem, hidden = self.problem, self.problem.hidden_of(rows)
+    def add(self, rows, hidden, gradient):
+        """hidden (rows, H) and gradient (rows, C) of the products"""
+        problem, products = self.problem, self.products
         if "hidden" in self.arrays:
-            flat = self.arrays["hidden"].reshape(problem.hidden.shape)
-            flat[problem.places[rows]] = gradient @ problem.linear_weight
-        if "linear_weight" in self.arrays:
-            total = self.arrays["linear_weight"]
-            for first in range(0, len(total), CLASSES_AT_ONCE):
-                some = slice(first, first + CLASSES_AT_ONCE)
-                total[some] += gradient[:, some].T @ hidden
+            found = products.grad_hidden(gradient)
+            if problem.logit_scale != 1:
+                found *= problem.logit_scale
+            products.store(found, self.arrays["hidden"].reshape(problem.hidden.shape), _neighbours(problem.places[rows]))
+        if self.weight is not None:
+            products.add_grad_weight(gradient, hidden, self.weight, first=rows is problem.chunks[0])
         if "linear_bias" in self.arrays:
-            self.bias += gradient.sum(axis=0, dtype=np.float64)
+            self.bias += products.sums_of_classes(gradient)
 
     def finished(self):
+        if self.weight is not self.arrays.get("linear_weight"):
+            self.products.store(self.weight, self.arrays["linear_weight"], slice(None))
         if "linear_bias" in self.arrays:
-            self.arrays["linear_bias"][...] = self.bias
+            self.products.store(
+                self.products.wide(self.bias * self.problem.logit_scale), self.arrays["linear_bias"], slice(None)
+            )
         return tuple(self.arrays.get(name) for name in GRADIENTS)

@@ -139,9 +139,53 @@ def test_only_what_is_wanted_is_computed_and_where_it_is_wanted(dtype, rng):
 def test_wide_vocabularies_are_added_up_in_parts(rng, monkeypatch):
     hidden, weight, _, target = problem(rng, np.float64)
     expected = px.linear_cross_entropy_with_grad(hidden, weight, target)[1][1]
-    monkeypatch.setattr(linear, "CLASSES_AT_ONCE", 10)
+    monkeypatch.setattr(linear, "PART_BYTES", 10 * WIDTH * 8)
     found = px.linear_cross_entropy_with_grad(hidden, weight, target, chunk_bytes=3 * CLASSES * 8)[1][1]
     assert_close(found, expected, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("chunk_bytes", [4 * CLASSES * 4, 1 << 20])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+def test_half_types_are_rounded_once(rng, monkeypatch, name, chunk_bytes, soft):
+    half = np.dtype(name if name == "float16" else pytest.importorskip("ml_dtypes").bfloat16)
+    monkeypatch.setattr(linear, "PART_BYTES", 10 * WIDTH * 4)
+    hidden, weight, bias, target = problem(rng, half, soft=soft)
+    for options in ({}, {"softcap": 2.0, "logit_scale": 1.5, "reduction": "sum"}):
+        found = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias, chunk_bytes=chunk_bytes, **options)
+        assert found[0].dtype == half
+        loss, gradients = explicit(
+            hidden.astype(float), weight.astype(float), bias.astype(float), target.astype(float) if soft else target, **options
+        )
+        half_ulp = 2.0**-11 if name == "float16" else 2.0**-8
+        np.testing.assert_allclose(np.float64(found[0]), loss, rtol=1.1 * half_ulp)
+        for gradient, expected in zip(found[1], gradients, strict=True):
+            assert gradient.dtype == half
+            error = np.abs(gradient.astype(float) - expected)
+            assert (error <= 1.1 * half_ulp * np.abs(expected) + 2e-6 * np.abs(expected).max() + 2.0**-24).all()
+
+
+def test_threads_change_no_bits_of_the_loss(rng, dtype, many_threads):
+    hidden, weight, bias, target = problem(rng, dtype, rows=(200,))
+    one, four = (
+        px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias, softcap=3.0, num_threads=threads)
+        for threads in (1, 4)
+    )
+    assert one[0] == four[0]
+    for a, b in zip(one[1], four[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_numbers_beyond_the_range_bring_no_warnings(rng, dtype):
+    hidden, weight, bias, target = problem(rng, dtype)
+    for huge in (np.inf, np.finfo(dtype).max):
+        hidden[0] = huge
+        for softcap in (None, 9.0):
+            loss, (of_hidden, _, _) = px.linear_cross_entropy_with_grad(
+                hidden, weight, target, linear_bias=bias, softcap=softcap, reduction="none"
+            )
+            assert np.isfinite(loss[2:]).all()
+            assert np.isfinite(of_hidden[2:]).all()
 
 
 def test_errors_leave_everything_as_it_was(rng):
@@ -162,10 +206,10 @@ def test_errors_leave_everything_as_it_was(rng):
         ({"target": wrong}, IndexError, r"Target 37 is out of bounds. \(target\[5\]"),
         ({"target": target[:-1]}, ValueError, "target"),
         ({"hidden": hidden[:, :-1]}, ValueError, r"hidden must have shape \(..., H\) and linear_weight \(C, H\)"),
-        ({"hidden": hidden.astype(int)}, TypeError, "hidden must be float32 or float64, got int64"),
+        ({"hidden": hidden.astype(int)}, TypeError, "hidden must be float32, float64, float16 or bfloat16, got int64"),
         ({"linear_weight": weight.astype(np.float64)}, TypeError, "linear_weight must have the dtype of hidden"),
         ({"linear_bias": bias[:-1]}, ValueError, r"linear_bias must have shape \(37,\), got \(36,\)"),
-        ({"softcap": 0}, ValueError, "softcap must be finite and positive"),
+        ({"softcap": 0}, ValueError, "softcap must be positive, got 0"),
         ({"logit_scale": np.nan}, ValueError, "logit_scale must be finite"),
         ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be at least 1"),
         ({"wanted": ["logits"]}, ValueError, "wanted must be of"),
@@ -193,7 +237,7 @@ def test_logits_are_never_one_array():
         pytest.skip("the system does not tell how much memory a process has")
     hidden, weight = np.zeros((2000, 8), np.float32), np.zeros((50000, 8), np.float32)
     target = np.zeros(2000, int)
-    px.linear_cross_entropy_with_grad(hidden[:2], weight, target[:2])
+    px.linear_cross_entropy_with_grad(hidden[:500], weight, target[:500])  # BLAS keeps memory of its own
     memory.reset_mark()
     before = memory.resident("VmRSS")
     px.linear_cross_entropy_with_grad(hidden, weight, target)
