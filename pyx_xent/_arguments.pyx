@@ -517,13 +517,12 @@ cdef class Call:
         factor = self.problem.grad_scale if self.grad_output is None else self.grad_output.reshape(-1) * self.problem.grad_scale
         return self.target, None if self.sample_weight is None else self.sample_weight.reshape(-1), factor
 
-    def loss_of(self, cnp.ndarray losses):
-        """The reduced loss, from those of the rows, (rows,) float64, instead of running the call."""
+    def take(self, cnp.ndarray losses):
+        """The losses of the rows, (rows,) float64, instead of running the call."""
         if losses.dtype is not float64 or not cnp.PyArray_ISCARRAY_RO(losses) or not has_shape(losses, (self.rows,)):
             raise ValueError(f"losses must be a C-contiguous float64 array of shape {(self.rows,)}")
         self.loss_array = losses
         self.problem.loss = <double*>cnp.PyArray_DATA(losses)
-        return self.loss()
 
     def gradient(self):
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""

@@ -1,7 +1,7 @@
 """A linear layer and its cross-entropy without the logits: some rows at a time, loss and gradients before the next ones.
 
-_Problem        the checked arguments, and what is done between the products: bias, softcap, the loss and its gradient in place
-_Gradients      what the rows add up to
+Problem         the checked arguments, and what is done between the products: bias, softcap, the loss and its gradient in place
+Gradients       what the rows add up to
 Products        the three matrix products by NumPy's BLAS; pyx_xent.torch has PyTorch's in their place
 
 Memory of its own is a buffer of `chunk_bytes` for logits, and PART_BYTES beside it; for half types the float32 sums of the
@@ -9,6 +9,7 @@ gradient with respect to linear_weight, too.
 """
 
 import concurrent.futures
+import math
 import operator
 
 import numpy as np
@@ -25,7 +26,6 @@ LOGITS_AT_ONCE = 1 << 18
 GRADIENTS = ("hidden", "linear_weight", "linear_bias")
 
 
-@np.errstate(all="ignore")
 def linear_cross_entropy(
     hidden,
     linear_weight,
@@ -90,16 +90,13 @@ def linear_cross_entropy(
     >>> float(linear_cross_entropy(hidden, linear_weight, [0, 1]).round(4))
     0.1324
     """
-    problem = _Problem(
+    problem = Problem(
         hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer,
         z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes,
     )  # fmt: skip
-    for rows in problem.chunks:
-        problem.run(rows, want_gradient=False)
-    return problem.loss()
+    return run(problem).loss()
 
 
-@np.errstate(all="ignore")
 def linear_cross_entropy_with_grad(
     hidden,
     linear_weight,
@@ -161,14 +158,29 @@ z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes
     >>> grad_bias is None
     True
     """
-    problem = _Problem(
+    problem = Problem(
         hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer,
         z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes, grad_output,
     )  # fmt: skip
-    gradients = _Gradients(problem, grad_out, wanted)
+    call, gradients = run_with_gradients(problem, grad_out, wanted)
+    return call.loss(), gradients
+
+
+@np.errstate(all="ignore")
+def run(problem):
+    """-> the call that has the losses"""
+    for rows in problem.chunks:
+        problem.run(rows, want_gradient=False)
+    return problem.call()
+
+
+@np.errstate(all="ignore")
+def run_with_gradients(problem, grad_out, wanted, dtype=None):
+    """-> (the call that has the losses, the gradients, of the dtype of hidden if no other is named)"""
+    gradients = Gradients(problem, grad_out, wanted, problem.hidden.dtype if dtype is None else dtype)
     for rows in problem.chunks:
         gradients.add(rows, *problem.run(rows, want_gradient=True))
-    return problem.loss(), gradients.finished()
+    return problem.call(), gradients.finished()
 
 
 class Products:
@@ -215,7 +227,7 @@ class Products:
             return
         for some in self.parts:
             if self._part is None:
-                self._part = np.empty((some.stop, hidden.shape[1]), self.dtype)
+                self._part = _empty((some.stop, hidden.shape[1]), self.dtype)
             part = np.matmul(gradient[:, some].T, hidden, out=self._part[: some.stop - some.start])
             if first:
                 self.store(part, total, some)
@@ -225,6 +237,14 @@ class Products:
     def sums_of_classes(self, gradient):
         """(C,)"""
         return np.ones(len(gradient), gradient.dtype) @ gradient
+
+
+def _empty(shape, dtype):
+    """At a multiple of 64 bytes: the last digits of a product may depend on where its matrices begin."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 63, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _finite(value, name):
@@ -239,7 +259,7 @@ def _neighbours(places):
     return slice(places[0], places[-1] + 1) if places[-1] - places[0] + 1 == len(places) else places
 
 
-class _Problem:
+class Problem:
     """The checked arguments, and what is done with some rows between the products."""
 
     def __init__(
@@ -302,7 +322,7 @@ class _Problem:
         count = -(-len(live) // most)
         size = -(-len(live) // max(1, count))  # alike, so that no chunk is left with a few rows
         self.chunks = [live[first : first + size] for first in range(0, len(live), max(1, size))]
-        self.buffer = np.empty((size, classes), self.products.buffer_dtype)
+        self.buffer = _empty((size, classes), self.products.buffer_dtype)
         if self.products.on_python_threads:  # of which one costs what some of OpenMP's do
             self.parts, self.threads_of_part = _threads.for_work(num_threads, self.buffer.size // 16), 1
         else:
@@ -363,20 +383,21 @@ class _Problem:
         call.gradient()
         self.losses[rows] = call.loss_in_double()
 
-    def loss(self):
-        return self.checked.loss_of(self.losses)
+    def call(self):
+        self.checked.take(self.losses)
+        return self.checked
 
 
-class _Gradients:
+class Gradients:
     """What some rows after the others add up to."""
 
-    def __init__(self, problem, grad_out, wanted):
+    def __init__(self, problem, grad_out, wanted, dtype):
         unknown = set(wanted) - set(GRADIENTS)
         if unknown:
             raise ValueError(f"wanted must be of {GRADIENTS}, got {sorted(unknown)}")
         if len(grad_out) != 3:
             raise ValueError(f"grad_out must have three entries, for {GRADIENTS}, got {len(grad_out)}")
-        linear_weight, dtype = problem.inputs[1], problem.hidden.dtype
+        linear_weight = problem.inputs[1]
         self.problem, self.products = problem, problem.products
         self.arrays = {}
         inputs, names = problem.inputs, problem.names
@@ -389,7 +410,7 @@ class _Gradients:
                     raise ValueError(f"{title} must be C-contiguous")
                 inputs, names = (*inputs, given), (*names, title)
             if name in wanted and not (name == "linear_bias" and problem.bias is None):
-                self.arrays[name] = np.empty(shape, dtype) if given is None else given
+                self.arrays[name] = _empty(shape, dtype) if given is None else given
         if "hidden" in self.arrays and sum(map(len, problem.chunks)) < len(problem.hidden):
             self.arrays["hidden"].fill(0)
         self.weight = self.arrays.get("linear_weight")
@@ -397,7 +418,7 @@ class _Gradients:
             if not problem.chunks:
                 self.weight.fill(0)
             elif len(problem.chunks) > 1 and dtype != self.products.dtype:
-                self.weight = np.empty(self.weight.shape, self.products.dtype)
+                self.weight = _empty(self.weight.shape, self.products.dtype)
         self.bias = np.zeros(len(linear_weight))
 
     def add(self, rows, hidden, gradient):

@@ -4,6 +4,7 @@ cross_entropy, nll_loss     the functions of torch.nn.functional, and their modu
       │
       ├── _Loss             eager, plain CPU tensors: the gradient is made together with the loss
       └── torch.ops.pyx_xent.*   under torch.compile, tracing and dispatch modes; derivatives of the gradient
+linear_cross_entropy        likewise: _LinearLoss, torch.ops.pyx_xent.linear_*; from logits where neither will do
 patch()                     routes torch.nn.functional here
 
 Memory is shared with the tensors, never copied. What makes a call unusual is looked for in `_is_plain`: such a call goes
@@ -21,9 +22,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
 
-from . import _arguments, _dispatch
+from . import _arguments, _dispatch, linear
 
-__all__ = ["CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss", "patch", "reuse_gradients", "unpatch"]
+__all__ = [
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "NLLLoss",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "nll_loss",
+    "patch",
+    "reuse_gradients",
+    "unpatch",
+]
 
 _CPU = torch.device("cpu")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -436,6 +447,11 @@ def _is_transformed():
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _refuse_gradient(weight):
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("the derivative for 'weight' is not implemented: pass weight.detach()")
+
+
 def _compute(name, input, target, weight, options, inplace):
     """The loss: options are reduction, ignore_index, label_smoothing, log_probs."""
     compiling = torch.compiler.is_compiling()
@@ -447,8 +463,7 @@ def _compute(name, input, target, weight, options, inplace):
         for what, tensor in (("input", input), ("target", target), ("weight", weight)):
             if not isinstance(tensor, Tensor) and not (what == "weight" and tensor is None):
                 raise TypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("the derivative for 'weight' is not implemented: pass weight.detach()")
+    _refuse_gradient(weight)
     dtype = _loss_dtype(input, target, weight)
     if not plain:
         if input.dtype in _HALVES and dtype is torch.float32:  # autocast, or wide probabilities
@@ -461,6 +476,261 @@ def _compute(name, input, target, weight, options, inplace):
         made = _Made(input, target, weight, options, dtype, inplace)
         return _apply(input, target if target.requires_grad else None, weight, made)
     return _loss(_call(input, target, weight, options), dtype)
+
+
+# A linear layer and its loss
+
+
+class _Products(linear.Products):
+    """PyTorch's products, on OpenMP's threads, as the loss; bfloat16 ones where oneDNN has them, else in float32."""
+
+    on_python_threads = False
+    CLASSES_AT_ONCE = 512  # of the logits: MKL is faster in such parts than for all classes
+
+    def __init__(self, linear_weight):
+        super().__init__(linear_weight)
+        self.tensor = _tensor(linear_weight)
+        self.wide_dtype = torch.float64 if self.dtype == np.float64 else torch.float32
+        self.multiplied = self.wide_dtype
+        if self.tensor.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.multiplied = torch.bfloat16
+            self.buffer_dtype = linear_weight.dtype
+        if self.tensor.dtype is self.multiplied:
+            self.converted = [slice(None)]
+
+    def of_classes(self, some):
+        return self.tensor[some].to(self.multiplied)
+
+    def wide(self, array):
+        return _tensor(array).to(self.wide_dtype).numpy()
+
+    def store(self, values, out, places):
+        out = _tensor(out)
+        out[places] = torch.from_numpy(values).to(out.dtype)
+
+    def logits(self, hidden, out):
+        hidden, out = _tensor(hidden).to(self.multiplied), _tensor(out)
+        size = len(self.tensor) if self.multiplied is torch.bfloat16 else self.CLASSES_AT_ONCE
+        for first in range(0, len(self.tensor), max(1, size)):
+            some = slice(first, first + size)
+            torch.mm(hidden, self.of_classes(some).T, out=out[:, some])
+
+    def grad_hidden(self, gradient):
+        gradient = _tensor(gradient)
+        return sum(torch.mm(gradient[:, some], self.of_classes(some)).to(self.wide_dtype) for some in self.converted).numpy()
+
+    def add_grad_weight(self, gradient, hidden, total, first):
+        gradient, hidden, total = _tensor(gradient).T, _tensor(hidden).to(self.multiplied), _tensor(total)
+        if total.dtype is self.multiplied:
+            torch.addmm(total, gradient, hidden, beta=0 if first else 1, out=total)
+            return
+        for some in self.parts:
+            part = torch.mm(gradient[some], hidden)
+            if first:
+                total[some] = part
+            else:
+                total[some] += part
+
+    def sums_of_classes(self, gradient):
+        return _tensor(gradient).sum(0, dtype=self.wide_dtype).numpy()
+
+
+def _linear_problem(input, linear_weight, target, linear_bias, weight, options, grad_output=None):
+    reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes = options
+    if weight is not None:
+        weight = _array(weight.float() if weight.dtype is torch.bfloat16 else weight)
+    return linear.Problem(
+        _array(input), _array(linear_weight), _array(target), None if linear_bias is None else _array(linear_bias), weight,
+        ignore_index, reduction, label_smoothing, None, None, 0.0, "nan", logit_scale, softcap, shift, None,
+        torch.get_num_threads(), chunk_bytes, grad_output, _Products,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _linear_with_gradients(tensors, options, grad_output, needed):
+    """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
+    input, linear_weight, target, linear_bias, weight = tensors
+    upstream = grad_output
+    if isinstance(grad_output, Tensor):
+        upstream = _array(grad_output.double()) if grad_output.dim() else float(grad_output)
+    problem = _linear_problem(input, linear_weight, target, linear_bias, weight, options, upstream)
+    dtype, places = problem.products.dtype, [None] * 3
+    if needed[1] and linear_weight.numel() * dtype.itemsize >= _Memory.LARGE:
+        places[1] = _memory.array(linear_weight.numel(), dtype).reshape(linear_weight.shape)
+    wanted = [name for name, is_needed in zip(linear.GRADIENTS, needed, strict=True) if is_needed]
+    call, found = linear.run_with_gradients(problem, places, wanted, dtype)
+    return call, [None if gradient is None else torch.from_numpy(gradient) for gradient in found]
+
+
+def _rounded(gradients, dtype):
+    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
+
+
+def _from_logits(input, linear_weight, target, linear_bias, weight, options):
+    """The loss by way of logits: for whatever is differentiated twice or transformed, and for several outputs a class."""
+    reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, _ = options
+    several = linear_weight.shape[1:-1]
+    logits = torch.nn.functional.linear(
+        input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
+    )
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if shift:
+        logits, target = logits[..., :-1, :], target[..., 1:]
+    rows = logits.shape[:-1]
+    if several:
+        logits = logits.unflatten(-1, linear_weight.shape[:-1])
+    elif logits.dim() > 2:
+        logits, target = logits.flatten(0, -2), target.flatten()
+    loss = _compute("cross_entropy", logits, target, weight, (reduction, ignore_index, label_smoothing, False), False)
+    return loss.reshape(rows) if reduction == "none" and not several else loss
+
+
+def _gradients_from_logits(tensors, options, grad_output, needed):
+    """(of input, linear_weight and linear_bias), such that they can be differentiated again; None where not needed."""
+    asked = [tensor for tensor, is_needed in zip((*tensors[:2], tensors[3]), needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(_from_logits(*tensors, options), asked, grad_output, create_graph=True))
+    return [next(found) if is_needed else None for is_needed in needed]
+
+
+@torch.library.custom_op("pyx_xent::linear_cross_entropy", mutates_args=(), device_types="cpu")
+def _linear_op(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
+    reduction: str, ignore_index: int, label_smoothing: float, logit_scale: float, softcap: float | None, shift: bool,
+    chunk_bytes: int, needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, gradients for an upstream gradient of 1, empty where not needed)"""
+    tensors = input, linear_weight, target, linear_bias, weight
+    options = reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes
+    if any(needed):
+        call, found = _linear_with_gradients(tensors, options, None, needed)
+    else:
+        call, found = linear.run(_linear_problem(*tensors, options)), (None, None, None)
+    return _loss(call, _loss_dtype(input, target, weight)), *(input.new_empty(0) if g is None else g for g in found)
+
+
+@torch.library.custom_op("pyx_xent::linear_cross_entropy_backward", mutates_args=(), device_types="cpu")
+def _linear_backward_op(
+    grad_output: Tensor, input: Tensor, linear_weight: Tensor, target: Tensor,
+    linear_bias: Tensor | None, weight: Tensor | None,
+    reduction: str, ignore_index: int, label_smoothing: float, logit_scale: float, softcap: float | None, shift: bool,
+    chunk_bytes: int, needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes
+    found = _linear_with_gradients((input, linear_weight, target, linear_bias, weight), options, grad_output, needed)[1]
+    found = _rounded(found, input.dtype)
+    return tuple(input.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _fake_gradients(input, linear_weight, linear_bias, needed, dtype):
+    tensors = zip((input, linear_weight, linear_bias), needed, strict=True)
+    return tuple(t.new_empty(t.shape, dtype=dtype) if is_needed else input.new_empty(0) for t, is_needed in tensors)
+
+
+@_linear_op.register_fake
+def _(input, linear_weight, target, linear_bias, weight, reduction, *options):
+    shift, needed = options[4], options[6]
+    rows = list(input.shape[:-1])
+    if shift:
+        rows[-1] = rows[-1] - 1
+    loss = input.new_empty(rows if reduction == "none" else (), dtype=_loss_dtype(input, target, weight))
+    wide = torch.float32 if input.dtype in _HALVES else input.dtype
+    return loss, *_fake_gradients(input, linear_weight, linear_bias, needed, wide)
+
+
+@_linear_backward_op.register_fake
+def _(grad_output, input, linear_weight, target, linear_bias, weight, *options):
+    return _fake_gradients(input, linear_weight, linear_bias, options[7], input.dtype)
+
+
+def _linear_op_setup(ctx, inputs, output):
+    *tensors, needed = inputs[:5] + inputs[12:]
+    ctx.options = inputs[5:12]
+    ctx.made = tuple(needed)
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # zeros as large as linear_weight
+
+
+def _linear_op_backward(ctx, grad_output, *_):
+    *tensors, of_input, of_weight, of_bias = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[k] for k in (0, 1, 3)]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = _gradients_from_logits(tensors, ctx.options, grad_output, needed)
+    elif any(ctx.made):
+        made = (of_input, of_weight, of_bias)
+        found = [gradient * grad_output if is_needed else None for gradient, is_needed in zip(made, needed, strict=True)]
+        found = _rounded(found, tensors[0].dtype)
+    else:
+        found = _linear_backward_op(grad_output, *tensors, *ctx.options, needed)
+        found = [gradient if is_needed else None for gradient, is_needed in zip(found, needed, strict=True)]
+    return found[0], found[1], None, found[2], *[None] * 9
+
+
+_linear_op.register_autograd(_linear_op_backward, setup_context=_linear_op_setup)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Loss of plain tensors; a reduced one makes its gradients in the same pass, for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, options, dtype):
+        tensors = input, linear_weight, target, linear_bias, weight
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
+        ctx.made = []  # or, until they are given away, [gradients]
+        # Hooks may give saved tensors away until they are needed; gradients would keep as much memory.
+        if options[0] == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            call = linear.run(_linear_problem(*tensors, options))
+        else:
+            call, found = _linear_with_gradients(tensors, options, None, ctx.needs_input_grad[:3])
+            ctx.made.append(found)
+        return _loss(call, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        try:
+            found = ctx.made.pop()  # by one thread only
+        except IndexError:
+            found = None
+        reduced = ctx.options[0] != "none"
+        if torch.is_grad_enabled():
+            found = _gradients_from_logits(tensors, ctx.options, grad_output, needed)
+        else:
+            if found is None:
+                found = _linear_with_gradients(tensors, ctx.options, None if reduced else grad_output, needed)[1]
+            if reduced and grad_output.item() != 1:
+                for gradient in found:
+                    if gradient is not None:
+                        gradient.mul_(grad_output)
+        return *_rounded(found, tensors[0].dtype), None, None, None, None
+
+
+def _linear(input, linear_weight, target, linear_bias, weight, options):
+    """The loss: options are reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    compiling = torch.compiler.is_compiling()
+    tensors = input, linear_weight, target, linear_bias, weight
+    plain = compiling or all(tensor is None or _is_plain(tensor, target, weight) for tensor in tensors)
+    alike = linear_weight.dtype is input.dtype and (linear_bias is None or linear_bias.dtype is input.dtype)
+    if (
+        not plain or not alike or linear_weight.dim() > 2 or target.requires_grad or input.dtype not in _ARRAY_DTYPES
+        or (not compiling and _is_transformed())
+    ):  # fmt: skip
+        return _from_logits(*tensors, options)
+    _refuse_gradient(weight)
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
+    if compiling:
+        return _linear_op(*tensors, *options, [False] * 3 if options[0] == "none" else needed)[0]
+    dtype = _loss_dtype(input, target, weight)
+    if any(needed):
+        return _LinearLoss.apply(input, linear_weight, linear_bias, target, weight, options, dtype)
+    return _loss(linear.run(_linear_problem(*tensors, options)), dtype)
 
 
 # The public functions and modules
@@ -560,6 +830,99 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
     return _compute("nll_loss", input, target, weight, (reduction, ignore_index, 0.0, True), False)
 
 
+def linear_cross_entropy(
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    weight=None,
+    reduction="mean",
+    ignore_index=None,
+    label_smoothing=0.0,
+    options=None,
+    logit_scale=1.0,
+    softcap=None,
+    shift=False,
+    chunk_bytes=linear.CHUNK_BYTES,
+):
+    """A linear layer and its cross-entropy without the logits: ``torch.nn.functional.linear_cross_entropy``.
+
+    Computed by `pyx_xent.linear_cross_entropy`, with PyTorch's matrix products. A reduced loss makes its gradients in the same
+    pass, with three products in all; those of "none", and of a second backward, are made when they are asked for, with one
+    more. Differentiated twice, in torch.func and with forward-mode derivatives, there are logits after all.
+
+    Parameters
+    ----------
+    input : Tensor of float32, float64, bfloat16 or float16, shape (H,) or (N, H); with `shift` (..., T, H)
+        What the linear layer reads.
+    linear_weight : Tensor, shape (C, H)
+        Of the dtype of `input`. With more axes, (C, d1, ..., dk, H), the loss is that of their logits, which are made.
+    target : Tensor
+        Class indices of any integer dtype, or class probabilities.
+    linear_bias : Tensor, shape (C,), optional
+    weight : Tensor, shape (C,), optional
+        Weight of each class. It must not require grad.
+    reduction, ignore_index, label_smoothing
+        As for `cross_entropy`; ignore_index=None stands for -100, or for none with class probabilities.
+    options : torch.nn.LinearCrossEntropyOptions, optional
+        Without effect: the logits are never one array, and every option works with that. See `chunk_bytes`.
+    logit_scale, softcap, shift, chunk_bytes
+        As for `pyx_xent.linear_cross_entropy`.
+
+    Returns
+    -------
+    Tensor
+        Shape and dtype as PyTorch gives them; under autocast float32.
+
+    Raises
+    ------
+    IndexError, ValueError, TypeError, RuntimeError
+        As `cross_entropy`, and where PyTorch raises RuntimeError for shapes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyx_xent.torch import linear_cross_entropy
+    >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    >>> linear_weight = torch.tensor([[2.0, 0.0], [0.0, 1.5], [-1.0, 0.0]], requires_grad=True)
+    >>> loss = linear_cross_entropy(hidden, linear_weight, torch.tensor([0, 1]))
+    >>> loss.backward()
+    >>> hidden.grad
+    tensor([[-0.1772,  0.0856],
+            [ 0.0226, -0.0679]])
+    """
+    if input.dim() < 1 or (input.dim() > 2 and not shift):
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    outputs = tuple(linear_weight.shape[:-1])
+    if linear_bias is not None and linear_bias.shape != outputs:
+        raise RuntimeError(f"expected linear_bias shape {outputs}, got {tuple(linear_bias.shape)}")
+    if len(outputs) > 1 and (input.dim() == 1 or shift):
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got {'shift=True and' if shift else 'unbatched'} input with shape {tuple(input.shape)}"
+        )
+    if shift and target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"shift=True needs input (..., T, H) and target (..., T), got {tuple(input.shape)} and {tuple(target.shape)}"
+        )
+    if ignore_index is not None and target.shape == (*input.shape[:-1], *outputs):
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    if ignore_index is None:
+        ignore_index = -100
+    return _linear(
+        input, linear_weight, target, linear_bias, weight,
+        (reduction, ignore_index, label_smoothing, float(logit_scale), softcap, shift, chunk_bytes),
+    )  # fmt: skip
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` by `cross_entropy`; a subclass, with its arguments, buffers and state_dict.
 
@@ -590,6 +953,62 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         """The loss; see `cross_entropy`."""
         options = (self.reduction, self.ignore_index, self.label_smoothing, False)
         return _compute("cross_entropy", input, target, self.weight, options, self.inplace_backward)
+
+
+class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+    """``torch.nn.LinearCrossEntropyLoss`` by `linear_cross_entropy`; a subclass, with its arguments, parameters and state_dict.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyx_xent.torch import LinearCrossEntropyLoss
+    >>> criterion = LinearCrossEntropyLoss(in_features=4, num_classes=3, softcap=30.0)
+    >>> criterion(torch.zeros(2, 4), torch.tensor([0, 2]))
+    tensor(1.0986, grad_fn=<_LinearLossBackward>)
+    """
+
+    def __init__(
+        self,
+        in_features,
+        num_classes,
+        *,
+        out_features=(),
+        bias=False,
+        device=None,
+        dtype=None,
+        reduction="mean",
+        weight=None,
+        ignore_index=None,
+        label_smoothing=0.0,
+        options=None,
+        logit_scale=1.0,
+        softcap=None,
+        shift=False,
+        chunk_bytes=linear.CHUNK_BYTES,
+    ):
+        super().__init__(
+            in_features, num_classes, out_features=out_features, bias=bias, device=device, dtype=dtype, reduction=reduction,
+            weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+        )  # fmt: skip
+        self.logit_scale, self.softcap, self.shift, self.chunk_bytes = logit_scale, softcap, shift, chunk_bytes
+
+    def forward(self, input, target):
+        """The loss; see `linear_cross_entropy`."""
+        outputs = (self.num_classes, *self.out_features)
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape((*outputs, self.linear.in_features)),
+            target,
+            linear_bias=None if self.linear.bias is None else self.linear.bias.reshape(outputs),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            shift=self.shift,
+            chunk_bytes=self.chunk_bytes,
+        )
 
 
 class NLLLoss(torch.nn.NLLLoss):

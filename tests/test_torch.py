@@ -75,11 +75,11 @@ def assert_equal(found, **tolerance):
 # PyTorch's own samples
 
 
-def operator(name):
+def operator(name, variant=""):
     pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
-    return next(op for op in op_db if op.name == f"nn.functional.{name}")
+    return next(op for op in op_db if op.name == f"nn.functional.{name}" and op.variant_test_name == variant)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])

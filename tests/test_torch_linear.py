@@ -1,0 +1,368 @@
+"""pyx_xent.torch.linear_cross_entropy against PyTorch's linear layer and cross-entropy. Skipped without torch."""
+
+import gc
+import importlib
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+ours = importlib.import_module("pyx_xent.torch")
+from test_torch import DTYPES, F, FlopCounterMode, assert_equal, both, operator  # noqa: E402
+
+CLASSES, WIDTH, ROWS = 37, 5, 12
+SMALL = 4 * CLASSES * 8  # bytes: chunks of some rows
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20261125)
+
+
+def problem(generator, dtype=torch.float64, rows=(ROWS,), soft=False, bias=True):
+    """input, linear_weight, linear_bias, all of which require grad, and the target"""
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    hidden, linear_weight, linear_bias = normal(*rows, WIDTH), normal(CLASSES, WIDTH), normal(CLASSES) if bias else None
+    if soft:
+        return (
+            hidden,
+            linear_weight,
+            linear_bias,
+            torch.rand((*rows, CLASSES), generator=generator, dtype=torch.float64).to(dtype),
+        )
+    target = torch.randint(CLASSES, rows, generator=generator)
+    if target.numel() > 2:
+        target.view(-1)[1] = -100
+    return hidden, linear_weight, linear_bias, target
+
+
+def explicit(hidden, linear_weight, linear_bias, target, logit_scale=1.0, softcap=None, shift=False, **options):
+    """By PyTorch, from logits."""
+    logits = F.linear(hidden, linear_weight, linear_bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    if shift:
+        logits, target = logits[..., :-1, :], target[..., 1:]
+    if logits.dim() > 2:
+        logits = logits.movedim(-1, 1)
+    return F.cross_entropy(logits, target, **options)
+
+
+def fused(hidden, linear_weight, linear_bias, target, **options):
+    return ours.linear_cross_entropy(hidden, linear_weight, target, linear_bias=linear_bias, **{"chunk_bytes": SMALL} | options)
+
+
+# PyTorch's own samples
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["", "chunked", "chunked_none"])
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's: options without effect
+def test_samples_of_the_operator_database(dtype, variant):
+    op, count = operator("linear_cross_entropy", variant), 0
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+        weight, target = sample.args
+        target = target.detach()
+        kwargs = {k: v.detach() if k == "weight" else v for k, v in sample.kwargs.items()}
+        bias = kwargs.pop("linear_bias", None)
+
+        def call(f, kwargs=kwargs, target=target):
+            return lambda x, w, b: f(x, w, target, linear_bias=b, **kwargs)
+
+        found = both(call(ours.linear_cross_entropy), call(F.linear_cross_entropy), [sample.input, weight, bias])
+        # With its options, PyTorch multiplies halves in float32.
+        assert_equal(found, **({"rtol": 0.1, "atol": 0.1} if dtype.itemsize == 2 else {}))
+        count += 1
+    assert count == {"": 119, "chunked": 133, "chunked_none": 77}[variant] or dtype.itemsize == 2
+
+
+def test_error_samples_of_the_operator_database():
+    samples = list(operator("linear_cross_entropy").error_inputs("cpu"))
+    assert len(samples) == 6
+    for error in samples:
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            ours.linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_samples_of_the_module_database():
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    module, count = next(m for m in module_db if m.name == "nn.LinearCrossEntropyLoss"), 0
+    for sample in module.module_inputs_func(module, "cpu", torch.float64, requires_grad=True, training=True):
+        arguments, inputs = sample.constructor_input, sample.forward_input
+        criterion = ours.LinearCrossEntropyLoss(*arguments.args, **arguments.kwargs)
+        theirs = torch.nn.LinearCrossEntropyLoss(*arguments.args, **arguments.kwargs)
+        theirs.load_state_dict(criterion.state_dict())
+        torch.testing.assert_close(criterion(*inputs.args), theirs(*inputs.args))
+        count += 1
+    assert count > 5
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_every_option_gives_what_logits_give(generator, dtype, soft, reduction):
+    class_weight = torch.rand(CLASSES, generator=generator, dtype=dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    for bias, weighted, smoothing, capped in itertools.product([False, True], repeat=4):
+        inputs = problem(generator, dtype, soft=soft, bias=bias)
+        options = {
+            "reduction": reduction, "weight": class_weight if weighted else None, "label_smoothing": 0.2 * smoothing,
+        } | ({"logit_scale": 0.7, "softcap": 3.0} if capped else {})  # fmt: skip
+        found = both(lambda *a, o=options: fused(*a, **o), lambda *a, o=options: explicit(*a, **o), inputs)
+        assert_equal(found, **tolerance)
+
+
+@pytest.mark.parametrize("rows", [(3, 6), (6,), (2, 2, 4)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_shifted_targets(generator, rows, reduction):
+    inputs = problem(generator, rows=rows)
+    options = {"shift": True, "reduction": reduction}
+    assert_equal(both(lambda *a: fused(*a, **options), lambda *a: explicit(*a, **options), inputs))
+    with pytest.raises(ValueError, match="shift=True needs"):
+        fused(*inputs[:3], inputs[3][..., 1:], shift=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_hardly_farther_off_than_pytorchs(generator, dtype):
+    # A product of bfloat16 comes rounded, and is rounded again after the sum of the chunks and the upstream gradient.
+    hidden = torch.randn(300, 64, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(1000, 64, generator=generator).mul(0.2).to(dtype).requires_grad_()
+    target = torch.randint(1000, (300,), generator=generator)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    exact = F.cross_entropy(F.linear(*wide), target)
+    exact.backward()
+    for chunk_bytes in (100 * 1000 * 2, 1 << 26):
+        (out, gradients), (other, other_gradients) = both(
+            lambda h, w, size=chunk_bytes: ours.linear_cross_entropy(h, w, target, chunk_bytes=size),
+            lambda h, w: F.cross_entropy(F.linear(h, w), target),
+            [hidden, weight],
+        )
+        assert out.dtype == dtype
+        assert abs(out.double() - exact) <= abs(other.double() - exact)
+        g = torch.rand((), generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype).double()
+        for gradient, other_gradient, reference in zip(gradients, other_gradients, wide, strict=True):
+            error, other_error = [(v.double() - g * reference.grad).norm() for v in (gradient, other_gradient)]
+            assert error <= (1.5 if dtype is torch.bfloat16 else 1.0) * other_error
+
+
+def test_memory_layouts(generator):
+    inputs = problem(generator)
+    expected = both(fused, explicit, inputs)
+    for layout in (lambda t: t.t().contiguous().t(), lambda t: torch.stack([t, t], -1)[..., 0]):
+        changed = [layout(t.detach()).requires_grad_() if t.dim() == 2 else t for t in inputs]
+        out = fused(*changed)
+        gradients = torch.autograd.grad(
+            out, changed[:3], torch.rand((), generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+        )
+        torch.testing.assert_close((out, *gradients), (expected[0][0], *expected[0][1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast(generator, dtype):
+    inputs = [t.float().detach().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in problem(generator)]
+    with torch.autocast("cpu", torch.bfloat16 if dtype in DTYPES[:2] else dtype):
+        found = both(fused, explicit, inputs)
+    assert found[0][0].dtype == found[1][0].dtype == torch.float32
+    assert [g.dtype for g in found[0][1]] == [torch.float32] * 3
+    assert_equal(found, rtol=2e-2, atol=2e-2)
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+def test_gradcheck_and_gradgradcheck(generator, reduction, soft):
+    hidden, linear_weight, linear_bias, target = problem(generator, rows=(3,), soft=soft)
+    target = target[:3]
+
+    def f(*tensors):
+        return fused(*tensors, target, reduction=reduction, softcap=2.0, label_smoothing=0.1)
+
+    assert torch.autograd.gradcheck(f, (hidden, linear_weight, linear_bias))
+    assert torch.autograd.gradgradcheck(f, (hidden, linear_weight, linear_bias))
+
+
+def test_probabilities_that_require_grad(generator):
+    inputs = problem(generator, soft=True)
+    inputs[3].requires_grad_()
+    assert_equal(both(fused, explicit, inputs))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_second_backward_gives_the_same_gradients(generator, reduction):
+    hidden, weight, bias, target = problem(generator)
+    out = fused(hidden, weight, bias, target, reduction=reduction)
+    g = torch.ones_like(out)
+    first, second = [torch.autograd.grad(out, (hidden, weight, bias), g, retain_graph=True) for _ in range(2)]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.autograd.grad(out, (hidden, weight, bias), g)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, (hidden, weight, bias), g)
+
+
+def test_changing_factors_scale_the_gradients(generator):
+    inputs = problem(generator)
+    for factor in (1.0, 1.0, 0.25, 0.25, -3.0, 0.0, 1e-3):
+        found = both(
+            lambda *a, k=factor: k * fused(*a, reduction="sum"), lambda *a, k=factor: k * explicit(*a, reduction="sum"), inputs
+        )
+        assert_equal(found)
+
+
+def test_gradients_of_scaled_float16_do_not_vanish(generator):
+    hidden, weight, _, target = problem(generator, torch.float16)
+    scale, tiny = 2.0**16, 1e-9
+    for _ in range(2):
+        (fused(hidden, weight, None, target).float() * tiny * scale).backward()
+        expected = torch.autograd.grad(explicit(hidden.float(), weight.float(), None, target) * tiny * scale, (hidden, weight))
+        torch.testing.assert_close(hidden.grad, expected[0], rtol=2e-2, atol=1e-6)
+        assert hidden.grad.count_nonzero() > 40
+        hidden.grad = weight.grad = None
+
+
+def test_only_what_requires_grad_is_computed(generator, monkeypatch):
+    from pyx_xent import linear
+
+    wanted = []
+    finished = linear.Gradients.finished
+    monkeypatch.setattr(linear.Gradients, "finished", lambda self: (wanted.append(set(self.arrays)), finished(self))[1])
+    tensors = problem(generator)
+    names = dict(zip(linear.GRADIENTS, tensors[:3], strict=True))
+    for kept in (set(names), {"hidden"}, {"linear_weight"}, {"linear_bias", "hidden"}):
+        for name, tensor in names.items():
+            tensor.requires_grad_(name in kept)
+        fused(*tensors).backward()
+        assert wanted.pop() == kept
+    with torch.no_grad():
+        fused(*tensors)
+    assert not wanted
+
+
+def test_changed_tensors_raise(generator):
+    for k in range(4):
+        tensors = problem(generator)
+        out = fused(*tensors)
+        with torch.no_grad():
+            tensors[k].add_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
+def test_class_weights_that_require_grad_are_refused(generator):
+    with pytest.raises(RuntimeError, match="derivative for 'weight'"):
+        fused(*problem(generator), weight=torch.ones(CLASSES, dtype=torch.float64, requires_grad=True))
+
+
+def test_a_kept_loss_keeps_no_gradients(generator):
+    tensors = problem(generator, bias=False)
+    loss = fused(*tensors)
+    loss.backward()
+    shapes = {tuple(t.shape) for t in tensors[:2]}
+    for tensor in tensors[:2]:
+        tensor.grad = None
+    gc.collect()
+    alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and tuple(o.shape) in shapes and not o.requires_grad]
+    assert not alive
+    assert loss.item() > 0
+
+
+def test_saved_tensor_hooks(generator):
+    inputs, stored = problem(generator), []
+
+    def hooked(*tensors):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: stored.append(t.clone()) or len(stored) - 1, lambda k: stored[k]
+        ):
+            return fused(*tensors)
+
+    assert_equal(both(hooked, explicit, inputs))
+    assert stored
+    assert_equal(both(lambda *a: torch.utils.checkpoint.checkpoint(fused, *a, use_reentrant=False), explicit, inputs))
+
+
+# Several outputs, torch.func, modes, torch.compile
+
+
+def test_several_outputs_a_class(generator):
+    hidden, _, _, _ = problem(generator)
+    weight = torch.randn(CLASSES, 2, 3, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(CLASSES, 2, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    target = torch.randint(CLASSES, (ROWS, 2, 3), generator=generator)
+    for reduction in ("none", "mean"):
+        call = [
+            lambda h, w, b, f=f, r=reduction: f(h, w, target, linear_bias=b, reduction=r)
+            for f in (ours.linear_cross_entropy, F.linear_cross_entropy)
+        ]
+        assert_equal(both(*call, [hidden, weight, bias]))
+
+
+def test_torch_func_and_forward_mode(generator):
+    hidden, weight, bias, target = (t.detach() for t in problem(generator))
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        torch.testing.assert_close(
+            transform(lambda w: fused(hidden, w, bias, target))(weight),
+            transform(lambda w: explicit(hidden, w, bias, target))(weight),
+        )
+
+
+def test_modes_see_the_products(generator):
+    tensors = problem(generator, bias=False)
+    with FlopCounterMode(display=False) as found:
+        fused(*tensors)
+    with FlopCounterMode(display=False) as expected:
+        explicit(*tensors)
+    assert found.get_total_flops() == expected.get_total_flops()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiled_function(generator, dtype, reduction):
+    torch._dynamo.reset()
+    inputs = problem(generator, dtype)
+
+    def f(*tensors):
+        return fused(*tensors, reduction=reduction, softcap=5.0) * 2
+
+    found = both(torch.compile(f, fullgraph=True, backend="aot_eager"), f, inputs)
+    assert_equal(found, **({"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}))
+
+
+def test_operators_keep_pytorchs_rules(generator):
+    hidden, weight, bias, target = problem(generator)
+    options = ("mean", -100, 0.1, 0.5, 3.0, False, SMALL)
+    torch.library.opcheck(torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, None, *options, [True] * 3))
+    torch.library.opcheck(
+        torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, None, "none", *options[1:], [False] * 3)
+    )
+    backward = (
+        torch.ones((), dtype=torch.float64),
+        *(t.detach() for t in (hidden, weight, target, bias)),
+        None,
+        *options,
+        [True] * 3,
+    )
+    torch.library.opcheck(torch.ops.pyx_xent.linear_cross_entropy_backward, backward)
+
+
+def test_double_backward_of_the_operator_is_not_missing_a_term(generator):
+    hidden, weight, bias, target = problem(generator)
+    options = ("mean", -100, 0.0, 1.0, None, False, SMALL)
+    out = torch.ops.pyx_xent.linear_cross_entropy(hidden, weight, target, bias, None, *options, [True] * 3)[0]
+    expected = explicit(hidden, weight, bias, target)
+    found = []
+    for loss in (out, expected):
+        (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (hidden, weight)))
+    torch.testing.assert_close(*found)
