@@ -3,6 +3,7 @@
     python examples/train_language_model.py                        on the documentation strings of Python's standard library
     python examples/train_language_model.py --text book.txt        on a text of yours
     python examples/train_language_model.py --loss pyx_xent --steps 2000
+    python examples/train_language_model.py --head linear-cross-entropy     head and loss in one, without the logits
 
 Words are tokens; the vocabulary has as many entries as those of language models in use, whether or not the text fills it.
 Prints tokens per second, the share of the time spent in the loss (forward and backward), and the memory that the loss takes.
@@ -29,6 +30,7 @@ except ImportError as error:
     sys.exit(f"{error}. This example needs PyTorch and the extra 'demo': pip install 'pyx_xent[demo,torch]'")
 
 LOSSES = {"pyx_xent": pyx_xent.torch.cross_entropy, "torch": nn.functional.cross_entropy}
+LINEAR_LOSSES = {"pyx_xent": pyx_xent.torch.linear_cross_entropy, "torch": nn.functional.linear_cross_entropy}
 
 
 def standard_library_text():
@@ -67,14 +69,14 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(options.width, options.vocabulary, bias=False)
         nn.init.normal_(self.words.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
-        if options.head == "tied":
+        if options.head != "untied":
             self.head.weight = self.words.weight
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(options.context), persistent=False)
 
     def forward(self, tokens):
-        """tokens (N, context) -> logits (N * context, vocabulary)"""
+        """tokens (N, context) -> what the head reads, (N * context, width)"""
         hidden = self.words(tokens) + self.positions.weight
-        return self.head(self.body(hidden, mask=self.mask, is_causal=True).flatten(0, 1))
+        return self.body(hidden, mask=self.mask, is_causal=True).flatten(0, 1)
 
 
 def bytes_of_process(field):
@@ -104,6 +106,7 @@ def train(tokens, name, options):
     optimizer = torch.optim.AdamW(model.parameters(), options.rate)
     generator = torch.Generator().manual_seed(options.seed)
     window = torch.arange(options.context + 1)
+    fused = options.head == "linear-cross-entropy"
     losses, peak = [], None
     seconds = loss_seconds = 0.0
     with tqdm(total=options.steps, unit="step", desc=name) as progress:
@@ -111,13 +114,14 @@ def train(tokens, name, options):
             started = time.perf_counter()
             begin = torch.randint(len(tokens) - options.context, (options.batch, 1), generator=generator)
             sample = tokens[begin + window]
-            logits = model(sample[:, :-1])
-            target = sample[:, 1:].flatten()
-            # The graph is cut at the logits only to see what the loss takes.
-            leaf = logits.detach().requires_grad_()
+            optimizer.zero_grad()
+            hidden, target = model(sample[:, :-1]), sample[:, 1:].flatten()
+            read = hidden if fused else model.head(hidden)
+            # The graph is cut before the loss only to see what that takes.
+            leaf = read.detach().requires_grad_()
 
             def loss_and_gradient(leaf=leaf, target=target):
-                loss = LOSSES[name](leaf, target)
+                loss = LINEAR_LOSSES[name](leaf, model.head.weight, target) if fused else LOSSES[name](leaf, target)
                 loss.backward()
                 return loss.item()
 
@@ -127,8 +131,7 @@ def train(tokens, name, options):
             else:
                 loss = loss_and_gradient()
             in_loss = time.perf_counter() - before
-            optimizer.zero_grad()
-            logits.backward(leaf.grad)
+            read.backward(leaf.grad)
             optimizer.step()
             losses.append(loss)
             if step > 0:  # the first one has memory and threads to get
@@ -143,7 +146,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="a file of text (default: the standard library's documentation strings)")
     parser.add_argument("--loss", choices=[*LOSSES, "both"], default="both")
-    parser.add_argument("--head", choices=["tied", "untied"], default="tied", help="does the head share the words' vectors?")
+    parser.add_argument(
+        "--head",
+        choices=["tied", "untied", "linear-cross-entropy"],
+        default="tied",
+        help="does the head share the words' vectors? linear-cross-entropy: it does, and belongs to the loss, which pyx_xent "
+        "computes without the logits and PyTorch from them",
+    )
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -171,10 +180,11 @@ def main():
         losses, seconds, loss_seconds, peak = train(tokens, name, options)
         curves.append(np.array(losses))
         memory = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
+        what = "head and loss" if options.head == "linear-cross-entropy" else "the loss"
         print(
             f"{name:9} loss {losses[0]:.4f} -> {np.mean(losses[-20:]):.4f}, "
             f"{rows * (options.steps - 1) / seconds:,.0f} tokens/s, "
-            f"{loss_seconds / seconds:.0%} of the time in the loss ({loss_seconds / (options.steps - 1) * 1e3:.1f} ms a step), "
+            f"{loss_seconds / seconds:.0%} of the time in {what} ({loss_seconds / (options.steps - 1) * 1e3:.1f} ms a step), "
             f"memory it takes: {memory}"
         )
     if len(curves) == 2:

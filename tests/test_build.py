@@ -82,6 +82,18 @@ def test_show_config_and_python_m_say_the_same():
     assert px.show_config()["version"] == px.__version__
 
 
+@pytest.mark.skipif("avx512" not in _dispatch.supported, reason="the processor has no AVX-512")
+def test_show_config_notices_an_openblas_that_takes_the_processor_for_an_older_one():
+    pytest.importorskip("threadpoolctl")
+    code = "import pyx_xent; config = pyx_xent.show_config(); print(config['blas'], config['blas_note'])"
+    if "openblas" not in python(code).stdout:
+        pytest.skip("NumPy has another BLAS")
+    found = python(code, OPENBLAS_CORETYPE="Haswell").stdout
+    assert "OPENBLAS_CORETYPE=SkylakeX" in found
+    assert "Haswell" in found
+    assert "try OPENBLAS" not in python(code, OPENBLAS_CORETYPE="SkylakeX").stdout
+
+
 def test_public_names():
     for name in px.__all__:
         assert getattr(px, name) is not None
