@@ -19,6 +19,7 @@ bench: $(VENV)/bench
 	$(TIMED) --benchmark-save=full --benchmark-storage=file://./.benchmarks/full
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks scaling
+	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks report
 
 bench-quick: $(VENV)/bench

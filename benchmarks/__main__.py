@@ -1,4 +1,4 @@
-"""python -m benchmarks {report,limits,memory,scaling,alternation}: what goes with the times that `pytest benchmarks` takes."""
+"""python -m benchmarks {report,limits,memory,scaling,linear,alternation}: what goes with the times of `pytest benchmarks`."""
 
 import argparse
 import json
@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 import pyx_xent
 
-from . import memory, report, roofline, scaling
+from . import linear, memory, report, results, roofline, scaling
 from .cases import CASES, GRADIENT
 from .peers import PEERS
 from .timing import times
 
 SAVED = Path(".benchmarks")
-TIMES, MEMORY, SCALING = SAVED / "full", SAVED / "memory.json", SAVED / "scaling.json"
+TIMES, MEMORY, SCALING, LINEAR = SAVED / "full", SAVED / "memory.json", SAVED / "scaling.json", SAVED / "linear.json"
 
 
 def run_limits(arguments):
@@ -64,6 +64,13 @@ def run_scaling(arguments):
         print(f"{shape:24}{point['operation']:26}{point['seconds'] / point['elements'] * 1e9:10.4f} ns/element")
 
 
+def run_linear(arguments):
+    records = linear.measure(arguments.threads)
+    save(LINEAR, records)
+    for heading, rows in linear.groups(records).items():
+        print("", heading, *("    " + line for line in results.text_table([linear.HEADINGS, *rows])), sep="\n")
+
+
 def run_alternation(arguments):
     try:
         from . import alternation
@@ -85,7 +92,9 @@ def run_report(arguments):
     files = arguments.files or sorted(TIMES.glob("*/*.json"))[-1:]
     if not files:
         raise SystemExit(f"nothing saved in {TIMES}: run `make bench` first")
-    extras = {name: file if file.exists() else None for name, file in (("memory", MEMORY), ("scaling", SCALING))}
+    extras = {
+        name: file if file.exists() else None for name, file in (("memory", MEMORY), ("scaling", SCALING), ("linear", LINEAR))
+    }
     print(report.write(files, arguments.output, **extras))
 
 
@@ -109,6 +118,9 @@ def main():
     command = commands.add_parser("scaling", help="our time per element from 4 KB to 8 GB")
     command.add_argument("--gigabytes", type=float, default=8, help="the largest array")
     command.set_defaults(run=run_scaling)
+
+    command = commands.add_parser("linear", help="a linear layer and its loss, against PyTorch and the products alone")
+    command.set_defaults(run=run_linear)
 
     command = commands.add_parser("alternation", help="torch.mm and our loss by turns, and each alone")
     command.set_defaults(run=run_alternation)

@@ -83,5 +83,5 @@ def pytest_terminal_summary(terminalreporter, config):
     for group, rows in results.groups(benchmarks).items():
         terminalreporter.write_line("")
         terminalreporter.write_line(group)
-        for line in results.text_table(rows):
+        for line in results.text_table([results.HEADINGS, *(row.cells() for row in rows)]):
             terminalreporter.write_line("    " + line)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from . import linear as linear_layer
 from . import results, targets
 from .cases import GRADIENT
 from .peers import OURS, REUSED, TORCH_OURS
@@ -58,8 +59,15 @@ with `grad_out=`. Times drift from run to run; ratios within a group hold.
 """
 
 
-def write(files, folder, memory=None, scaling=None):
-    """Write report.md and its plots into `folder`; `memory` and `scaling`: files of `python -m benchmarks`, or None."""
+LINEAR_EXPLANATION = """\
+Rows x width of hidden x classes. Everybody was called once a round, by turns; losses and gradients of the first rows were
+compared with a float64 reference. "Over its products": over the time of the matrix products alone, three, or one for the loss,
+by the same library, with the logits in memory. Memory is that of one call, in a process of its own.
+"""
+
+
+def write(files, folder, memory=None, scaling=None, linear=None):
+    """Write report.md and its plots into `folder`; `memory`, `scaling`, `linear`: files of `python -m benchmarks`, or None."""
     machine, benchmarks = load(files)
     groups = results.groups(benchmarks)
     folder = Path(folder)
@@ -86,6 +94,10 @@ def write(files, folder, memory=None, scaling=None):
         lines += [f"## {group}", "", *markdown_table(headings, table), ""]
         if extra:
             lines += ["Peak memory: of one call in a process of its own, beyond its inputs.", ""]
+    if linear:
+        lines += ["# A linear layer and its loss", "", LINEAR_EXPLANATION]
+        for heading, rows in linear_layer.groups(json.loads(Path(linear).read_text(encoding="utf-8"))).items():
+            lines += [f"## {heading}", "", *markdown_table(linear_layer.HEADINGS, rows), ""]
     file = folder / "report.md"
     file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return file

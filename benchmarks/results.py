@@ -69,9 +69,8 @@ def groups(benchmarks):
     return found
 
 
-def text_table(rows):
-    """Lines of an aligned table."""
-    table = [HEADINGS, *(row.cells() for row in rows)]
+def text_table(table):
+    """Lines of an aligned table, from tuples of cells."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         yield "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()

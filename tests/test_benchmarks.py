@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import cases, memory, peers, report, results, roofline, targets, test_cross_entropy
+from benchmarks import cases, linear, memory, peers, report, results, roofline, targets, test_cross_entropy
 from pyx_xent import reference
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +173,30 @@ def test_report_has_tables_memory_plots_and_what_is_absent(tmp_path):
     for plot in ("classes", "ratios", "scaling"):
         assert f"({plot}.svg)" in text
         assert "<svg" in (file.parent / f"{plot}.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", linear.CASES, ids=str)
+def test_linear_layers_answer_as_the_reference(case):
+    if case.dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    problem = linear.Problem(replace(case, rows=50, width=8, classes=30)).first_rows()
+    for operation in case.operations:
+        for name in linear.names(case):
+            answer = linear.PEERS[name](problem, operation, 1)()
+            if answer is not None:
+                linear.assert_right(problem, operation, answer)
+                with pytest.raises(AssertionError):
+                    linear.assert_right(problem, operation, (1.2 * answer[0], *answer[1:]))
+
+
+def test_linear_times_become_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "CASES", [linear.Case(64, 8, 30, "tiny", rounds=3, peers=(linear.PRODUCTS, linear.OURS))])
+    file = tmp_path / "linear.json"
+    file.write_text(json.dumps(linear.measure(1)))
+    pytest.importorskip("matplotlib")
+    text = report.write([saved(tmp_path)[0]], tmp_path / "page", linear=file).read_text(encoding="utf-8")
+    assert "## loss + gradient, 64x8x30 (tiny)" in text
+    assert "| pyx_xent | " in text.partition("64x8x30")[2]
 
 
 def test_targets_are_of_what_is_timed():

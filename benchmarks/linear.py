@@ -1,0 +1,279 @@
+"""A linear layer and its loss: ours without the logits, PyTorch's two ways, and the matrix products that nobody can do without.
+
+Each round calls everybody once, by turns, because the machine drifts over the minutes that this takes. Before that, everybody's
+loss and gradients of the first rows are compared with the float64 reference.
+"""
+
+import multiprocessing
+import statistics
+import time
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import numpy as np
+from tqdm import tqdm
+
+import pyx_xent
+from pyx_xent import reference
+
+from . import memory
+from .cases import FORWARD, GRADIENT, ITEMSIZE, numpy_dtype
+from .peers import OURS, TORCH_OURS, torch_tensor
+from .results import duration
+
+CHECKED = 40  # rows
+PRODUCTS = "matrix products, NumPy"
+TORCH_PRODUCTS = "matrix products, PyTorch"
+LOGITS = "PyTorch, from logits"
+CHUNKS = "PyTorch, LinearCrossEntropyOptions()"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest entry
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    width: int
+    classes: int
+    reason: str
+    dtype: str = "float32"
+    ignored: float = 0.0
+    shift: bool = False
+    rounds: int = 1
+    peers: tuple[str, ...] = (PRODUCTS, OURS, TORCH_PRODUCTS, TORCH_OURS, LOGITS, CHUNKS)
+    operations: tuple[str, ...] = (GRADIENT,)
+
+    def __str__(self):
+        parts = [
+            f"{self.rows}x{self.width}x{self.classes}", "" if self.dtype == "float32" else self.dtype,
+            "shift" if self.shift else "", f"ignored{self.ignored:.0%}" if self.ignored else "",
+        ]  # fmt: skip
+        return "-".join(filter(None, parts))
+
+    @property
+    def gradient_bytes(self):
+        return (self.rows + self.classes) * self.width * ITEMSIZE[self.dtype]
+
+
+WITHOUT_PEERS = (PRODUCTS, OURS, TORCH_OURS)  # whose logits would not fit, or who takes minutes
+CASES = [
+    Case(2048, 768, 50257, "GPT-2's head", rounds=4, operations=(FORWARD, GRADIENT)),
+    Case(2048, 768, 50257, "GPT-2's head", "bfloat16", rounds=2, peers=(TORCH_PRODUCTS, TORCH_OURS, LOGITS, CHUNKS)),
+    Case(4096, 1024, 128256, "a 128k vocabulary: 2.1 GB of logits"),
+    Case(8192, 256, 262144, "the largest vocabulary: 8.6 GB of logits", shift=True, rounds=2, peers=WITHOUT_PEERS),
+    Case(
+        8192,
+        256,
+        262144,
+        "40 % of it a prompt that does not count",
+        ignored=0.4,
+        shift=True,
+        rounds=2,
+        peers=(OURS, TORCH_OURS),
+    ),
+]
+
+
+class Problem:
+    """The arrays of a case, the same each time."""
+
+    def __init__(self, case):
+        rng = np.random.default_rng(0)
+        dtype = numpy_dtype(case.dtype)
+        self.case = case
+        self.hidden = rng.standard_normal((case.rows, case.width), np.float32).astype(dtype)
+        self.weight = (0.05 * rng.standard_normal((case.classes, case.width), np.float32)).astype(dtype)
+        self.target = rng.integers(0, case.classes, case.rows)
+        self.target[rng.permutation(case.rows)[: round(case.ignored * case.rows)]] = -100
+
+    def first_rows(self):
+        found = object.__new__(Problem)
+        found.case = replace(self.case, rows=CHECKED)
+        found.hidden, found.weight, found.target = self.hidden[:CHECKED], self.weight, self.target[:CHECKED]
+        return found
+
+    def expected(self):
+        """(loss, gradients of hidden and weight) in float64."""
+        hidden, weight, target = self.hidden.astype(float), self.weight.astype(float), self.target
+        skipped = np.zeros_like(hidden[:1])
+        if self.case.shift:
+            hidden, target = hidden[:-1], target[1:]
+        loss, gradient = reference.cross_entropy_with_grad(hidden @ weight.T, target)
+        of_hidden = gradient @ weight
+        return loss, np.concatenate([of_hidden, skipped]) if self.case.shift else of_hidden, gradient.T @ hidden
+
+
+def numpy_products(problem, operation, threads):
+    rows, classes, dtype = len(problem.hidden), len(problem.weight), problem.hidden.dtype
+    logits = np.empty((rows, classes), dtype)
+    of_hidden, of_weight = np.empty_like(problem.hidden), np.empty_like(problem.weight)
+
+    def compute():
+        np.matmul(problem.hidden, problem.weight.T, out=logits)
+        if operation == GRADIENT:
+            np.matmul(logits, problem.weight, out=of_hidden)
+            np.matmul(logits.T, problem.hidden, out=of_weight)
+
+    return compute
+
+
+def torch_products(problem, operation, threads):
+    import torch
+
+    torch.set_num_threads(threads)
+    hidden, weight = torch_tensor(problem.hidden), torch_tensor(problem.weight)
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype)
+    of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def compute():
+        torch.mm(hidden, weight.T, out=logits)
+        if operation == GRADIENT:
+            torch.mm(logits, weight, out=of_hidden)
+            torch.mm(logits.T, hidden, out=of_weight)
+
+    return compute
+
+
+def ours(problem, operation, threads):
+    options = {"shift": problem.case.shift, "num_threads": threads}
+    arguments = problem.hidden, problem.weight, problem.target
+    if operation == FORWARD:
+        return lambda: (pyx_xent.linear_cross_entropy(*arguments, **options), None, None)
+    places = np.empty_like(problem.hidden), np.empty_like(problem.weight), None
+
+    def compute():
+        loss, gradients = pyx_xent.linear_cross_entropy_with_grad(*arguments, **options, grad_out=places)
+        return loss, *gradients[:2]
+
+    return compute
+
+
+def torch_function(problem, operation, threads, function):
+    import torch
+
+    torch.set_num_threads(threads)
+    hidden, weight = (torch_tensor(a).requires_grad_(operation == GRADIENT) for a in (problem.hidden, problem.weight))
+    target = torch.from_numpy(problem.target)
+
+    def compute():
+        hidden.grad = weight.grad = None
+        loss = function(hidden, weight, target)
+        if operation == FORWARD:
+            return loss.item(), None, None
+        loss.backward()
+        return loss.item(), hidden.grad, weight.grad
+
+    return compute
+
+
+def torch_ours(problem, operation, threads):
+    import pyx_xent.torch
+
+    return torch_function(
+        problem, operation, threads, lambda *a: pyx_xent.torch.linear_cross_entropy(*a, shift=problem.case.shift)
+    )
+
+
+def torch_logits(problem, operation, threads):
+    import torch
+
+    return torch_function(problem, operation, threads, torch.nn.functional.linear_cross_entropy)
+
+
+def torch_chunks(problem, operation, threads):
+    import torch
+
+    options = torch.nn.LinearCrossEntropyOptions()
+    return torch_function(problem, operation, threads, lambda *a: torch.nn.functional.linear_cross_entropy(*a, options=options))
+
+
+PEERS = {
+    PRODUCTS: numpy_products, OURS: ours, TORCH_PRODUCTS: torch_products, TORCH_OURS: torch_ours, LOGITS: torch_logits,
+    CHUNKS: torch_chunks,
+}  # fmt: skip
+
+
+def assert_right(problem, operation, answer):
+    dtype = problem.case.dtype
+    for found, expected in zip(answer, problem.expected(), strict=True):
+        if operation == GRADIENT or np.ndim(expected) == 0:
+            largest = np.abs(expected).max()
+            found = found.double().numpy() if hasattr(found, "double") else found
+            assert np.abs(found - expected).max() <= TOLERANCE[dtype] * largest, (found, expected)
+
+
+def names(case):
+    return [name for name in case.peers if find_spec("torch") or name in (PRODUCTS, OURS)]
+
+
+def measure_times(case, operation, threads):
+    """{name: seconds of each round}"""
+    problem = Problem(case)
+    small = problem.first_rows()
+    computed, losses = {}, []
+    for name in names(case):
+        if name not in (PRODUCTS, TORCH_PRODUCTS):
+            assert_right(small, operation, PEERS[name](small, operation, threads)())
+        computed[name] = PEERS[name](problem, operation, threads)
+    seconds = {name: [] for name in computed}
+    for _ in range(case.rounds + (case.rounds > 1)):  # the first round gets memory, where there are others
+        for name, compute in computed.items():
+            start = time.perf_counter()
+            answer = compute()
+            seconds[name].append(time.perf_counter() - start)
+            if answer is not None:
+                losses.append(float(answer[0]))
+            del answer
+    assert max(losses) - min(losses) <= TOLERANCE[case.dtype] * abs(losses[0]), losses
+    return {name: found[case.rounds > 1 :] for name, found in seconds.items()}
+
+
+def extra_memory(case, operation, name, threads):
+    """Bytes of one call beyond its inputs, its gradients and what BLAS keeps."""
+    compute = PEERS[name](Problem(case), operation, threads)
+    compute()  # whose gradients are replaced by those of the second call
+    memory.reset_mark()
+    before = memory.resident("VmRSS")
+    compute()
+    return max(0, memory.resident("VmHWM") - before)
+
+
+def measure(threads):
+    """A record for each case, operation and peer."""
+    found = []
+    context = multiprocessing.get_context("spawn")
+    with tqdm(total=sum(len(case.operations) for case in CASES), unit=" groups") as progress:
+        for case in CASES:
+            for operation in case.operations:
+                with context.Pool(1) as pool:
+                    seconds = pool.apply(measure_times, (case, operation, threads))
+                for name, rounds in seconds.items():
+                    base = seconds.get(TORCH_PRODUCTS if TORCH_PRODUCTS in seconds and name != OURS else PRODUCTS)
+                    extra = None
+                    if memory.resident("VmHWM") is not None and case.rounds > 2 and name not in (PRODUCTS, TORCH_PRODUCTS):
+                        with context.Pool(1) as pool:
+                            extra = pool.apply(extra_memory, (case, operation, name, threads))
+                    found.append({
+                        "case": str(case), "reason": case.reason, "operation": operation, "name": name, "min": min(rounds),
+                        "median": statistics.median(rounds), "over_products": base and min(rounds) / min(base), "memory": extra,
+                    })  # fmt: skip
+                progress.update()
+    return found
+
+
+HEADINGS = ("", "fastest", "median", "over its products", "memory beside inputs and gradients")
+
+
+def groups(records):
+    """{heading: cells of each peer, from fast to slow}"""
+    found = {}
+    for record in records:
+        found.setdefault(f"{record['operation']}, {record['case']} ({record['reason']})", []).append(record)
+    return {heading: [_cells(one) for one in sorted(some, key=lambda one: one["min"])] for heading, some in found.items()}
+
+
+def _cells(record):
+    return (
+        record["name"], duration(record["min"]), duration(record["median"]),
+        "" if record["over_products"] is None else f"{record['over_products']:.2f} ×",
+        "" if record["memory"] is None else f"{record['memory'] / 1e6:.0f} MB",
+    )  # fmt: skip
