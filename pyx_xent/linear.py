@@ -70,7 +70,8 @@ def linear_cross_entropy(
         The target of position t of the last axis but one is that of t + 1, as for a causal language model: `hidden` (..., T, H)
         and `target` (..., T) come as they are, the loss has T - 1 positions, and `sample_weight` too.
     chunk_bytes : int
-        About as large as the buffer for logits may be. Larger ones make better use of BLAS, up to some hundred rows.
+        The most that the buffer for logits may take; 64 MiB by default. BLAS is slow with few rows: where these are fewer than
+        some 250, above 65,000 classes in float32, a larger buffer is worth its memory.
 
     Returns
     -------
@@ -198,7 +199,7 @@ class Products:
         self.buffer_dtype = self.dtype  # of logits and their gradient
         classes, width = linear_weight.shape
         size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
-        self.parts = [slice(first, min(first + size, classes)) for first in range(0, classes, size)]
+        self.parts = [slice(first, min(first + size, classes)) for first in range(0, max(1, classes), size)]
         self.converted = self.parts if linear_weight.dtype != self.dtype else [slice(None)]
         self._part = None
 
@@ -290,7 +291,7 @@ class Problem:
         given = target = np.asarray(target)
         rows = hidden.shape[:-1]
         self.shape = hidden.shape
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.hidden = hidden.reshape(math.prod(rows), hidden.shape[-1])
         self.places = np.arange(len(self.hidden))  # of the rows in hidden
         if shift:
             if hidden.ndim < 2 or target.shape != rows:
@@ -312,7 +313,7 @@ class Problem:
             out, num_threads, grad_output,
         )  # fmt: skip
         self.labels, self.samples, self.factor = self.checked.of_rows()
-        self.probabilities = target.reshape(-1, classes) if self.labels is None else None
+        self.probabilities = target.reshape(len(self.places), classes) if self.labels is None else None
         self.weight, self.label_smoothing, self.z_loss = weight, label_smoothing, z_loss
         self.losses = np.zeros(len(self.places))
         live = np.arange(len(self.places)) if self.labels is None else np.flatnonzero(self.labels >= 0)

@@ -41,9 +41,9 @@ def test_every_public_function_has_an_example(module):
 README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_readme_examples(number):
-    assert len(README_EXAMPLES) == 4
+    assert len(README_EXAMPLES) == 5
     if "torch" in README_EXAMPLES[number]:
         pytest.importorskip("torch")
     exec(compile(README_EXAMPLES[number], f"README example {number + 1}", "exec"), {})

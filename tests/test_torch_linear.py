@@ -366,3 +366,11 @@ def test_double_backward_of_the_operator_is_not_missing_a_term(generator):
         (first,) = torch.autograd.grad(loss, weight, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), (hidden, weight)))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_classes_and_no_features(dtype):
+    for rows, width, classes in ((3, 4, 0), (3, 0, 5), (0, 4, 5)):
+        hidden, weight = (torch.zeros(n, width, dtype=dtype, requires_grad=True) for n in (rows, classes))
+        target = torch.zeros(rows, classes, dtype=dtype)
+        assert_equal(both(fused, explicit, [hidden, weight, None, target]))
