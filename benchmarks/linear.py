@@ -8,7 +8,6 @@ import multiprocessing
 import statistics
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -27,8 +26,6 @@ PRODUCTS = "matrix products, NumPy"
 TORCH_PRODUCTS = "matrix products, PyTorch"
 LOGITS = "PyTorch, from logits"
 CHUNKS = "PyTorch, LinearCrossEntropyOptions()"
-LARGE = 256 << 20  # bytes of logits at once, for four times as many rows as by default
-OURS_LARGE, TORCH_OURS_LARGE = f"{OURS}, chunk_bytes=256 MiB", f"{TORCH_OURS}, chunk_bytes=256 MiB"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest entry
 
 
@@ -42,7 +39,7 @@ class Case:
     ignored: float = 0.0
     shift: bool = False
     rounds: int = 1
-    peers: tuple[str, ...] = (PRODUCTS, OURS, OURS_LARGE, TORCH_PRODUCTS, TORCH_OURS, TORCH_OURS_LARGE, LOGITS, CHUNKS)
+    peers: tuple[str, ...] = (PRODUCTS, OURS, TORCH_PRODUCTS, TORCH_OURS, LOGITS, CHUNKS)
     operations: tuple[str, ...] = (GRADIENT,)
 
     def __str__(self):
@@ -53,10 +50,10 @@ class Case:
         return "-".join(filter(None, parts))
 
 
-ALL_OURS = (OURS, OURS_LARGE, TORCH_OURS, TORCH_OURS_LARGE)  # where PyTorch's logits would not fit and its chunks take minutes
+ALL_OURS = (OURS, TORCH_OURS)  # where PyTorch's logits would not fit and its chunks take minutes
 CASES = [
     Case(2048, 768, 50257, "GPT-2's head", rounds=4, operations=(FORWARD, GRADIENT)),
-    Case(2048, 768, 50257, "GPT-2's head", "bfloat16", peers=(TORCH_PRODUCTS, TORCH_OURS, TORCH_OURS_LARGE, LOGITS, CHUNKS)),
+    Case(2048, 768, 50257, "GPT-2's head", "bfloat16", rounds=2, peers=(TORCH_PRODUCTS, TORCH_OURS, LOGITS, CHUNKS)),
     Case(4096, 1024, 128256, "a 128k vocabulary: 2.1 GB of logits"),
     Case(8192, 256, 262144, "the largest vocabulary: 8.6 GB of logits", shift=True, peers=(PRODUCTS, *ALL_OURS)),
     Case(8192, 256, 262144, "40 % of it a prompt that does not count", ignored=0.4, shift=True, peers=ALL_OURS),
@@ -127,8 +124,8 @@ def torch_products(problem, operation, threads):
     return compute
 
 
-def ours(problem, operation, threads, **options):
-    options = {"shift": problem.case.shift, "num_threads": threads, **options}
+def ours(problem, operation, threads):
+    options = {"shift": problem.case.shift, "num_threads": threads}
     arguments = problem.hidden, problem.weight, problem.target
     if operation == FORWARD:
         return lambda: (pyx_xent.linear_cross_entropy(*arguments, **options), None, None)
@@ -159,11 +156,12 @@ def torch_function(problem, operation, threads, function):
     return compute
 
 
-def torch_ours(problem, operation, threads, **options):
+def torch_ours(problem, operation, threads):
     import pyx_xent.torch
 
-    options = {"shift": problem.case.shift, **options}
-    return torch_function(problem, operation, threads, lambda *a: pyx_xent.torch.linear_cross_entropy(*a, **options))
+    return torch_function(
+        problem, operation, threads, lambda *a: pyx_xent.torch.linear_cross_entropy(*a, shift=problem.case.shift)
+    )
 
 
 def torch_logits(problem, operation, threads):
@@ -182,10 +180,8 @@ def torch_chunks(problem, operation, threads):
 PEERS = {
     PRODUCTS: numpy_products,
     OURS: ours,
-    OURS_LARGE: partial(ours, chunk_bytes=LARGE),
     TORCH_PRODUCTS: torch_products,
     TORCH_OURS: torch_ours,
-    TORCH_OURS_LARGE: partial(torch_ours, chunk_bytes=LARGE),
     LOGITS: torch_logits,
     CHUNKS: torch_chunks,
 }
@@ -201,7 +197,7 @@ def assert_right(problem, operation, answer):
 
 
 def names(case):
-    return [name for name in case.peers if find_spec("torch") or name in (PRODUCTS, OURS, OURS_LARGE)]
+    return [name for name in case.peers if find_spec("torch") or name in (PRODUCTS, OURS)]
 
 
 def measure_times(case, operation, threads):
@@ -246,7 +242,7 @@ def measure(threads):
                 with context.Pool(1) as pool:
                     seconds = pool.apply(measure_times, (case, operation, threads))
                 for name, rounds in seconds.items():
-                    torchs = TORCH_PRODUCTS in seconds and name not in (PRODUCTS, OURS, OURS_LARGE)
+                    torchs = TORCH_PRODUCTS in seconds and name not in (PRODUCTS, OURS)
                     base = seconds.get(TORCH_PRODUCTS if torchs else PRODUCTS)
                     extra = None
                     if memory.resident("VmHWM") is not None and case.rounds > 2 and name not in (PRODUCTS, TORCH_PRODUCTS):

@@ -19,6 +19,7 @@ from . import _arguments, _dispatch, _threads
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
 CHUNK_BYTES = 64 << 20
+WORTHWHILE_ROWS = 256  # with fewer of them at once, BLAS becomes slow
 # BLAS multiplies, but NumPy's matmul does not add to what is there: so much of a product is made, and added, at once.
 PART_BYTES = 6 << 20
 # Rows of as many logits as a near cache holds go through bias, softcap and loss together.
@@ -45,7 +46,7 @@ def linear_cross_entropy(
     shift=False,
     out=None,
     num_threads=None,
-    chunk_bytes=CHUNK_BYTES,
+    chunk_bytes=None,
 ):
     """Cross-entropy of ``hidden @ linear_weight.T + linear_bias``, without these logits as one array.
 
@@ -69,9 +70,9 @@ def linear_cross_entropy(
     shift : bool
         The target of position t of the last axis but one is that of t + 1, as for a causal language model: `hidden` (..., T, H)
         and `target` (..., T) come as they are, the loss has T - 1 positions, and `sample_weight` too.
-    chunk_bytes : int
-        The most that the buffer for logits may take; 64 MiB by default. BLAS is slow with few rows: where these are fewer than
-        some 250, above 65,000 classes in float32, a larger buffer is worth its memory.
+    chunk_bytes : int, optional
+        The most that the buffer for logits may take: at least one row. By default 64 MiB, or what 256 rows take, if that is
+        more: with fewer of them BLAS is slow.
 
     Returns
     -------
@@ -117,7 +118,7 @@ def linear_cross_entropy_with_grad(
     shift=False,
     out=None,
     num_threads=None,
-    chunk_bytes=CHUNK_BYTES,
+    chunk_bytes=None,
     grad_output=None,
     grad_out=(None, None, None),
     wanted=GRADIENTS,
@@ -285,8 +286,7 @@ class Problem:
         self.softcap = None if softcap is None else _finite(softcap, "softcap")
         if softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
-        chunk_bytes = operator.index(chunk_bytes)
-        if chunk_bytes < 1:
+        if chunk_bytes is not None and operator.index(chunk_bytes) < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
         given = target = np.asarray(target)
         rows = hidden.shape[:-1]
@@ -319,7 +319,8 @@ class Problem:
         live = np.arange(len(self.places)) if self.labels is None else np.flatnonzero(self.labels >= 0)
         self.products = products(linear_weight)
         self.bias = None if bias is None else self.products.wide(bias) * self.products.dtype.type(self.logit_scale)
-        most = max(1, chunk_bytes // max(1, classes * self.products.buffer_dtype.itemsize))
+        row_bytes = max(1, classes * self.products.buffer_dtype.itemsize)
+        most = max(WORTHWHILE_ROWS, CHUNK_BYTES // row_bytes) if chunk_bytes is None else max(1, chunk_bytes // row_bytes)
         count = -(-len(live) // most)
         size = -(-len(live) // max(1, count))  # alike, so that no chunk is left with a few rows
         self.chunks = [live[first : first + size] for first in range(0, len(live), max(1, size))]

@@ -599,7 +599,7 @@ def _gradients_from_logits(tensors, options, grad_output, needed):
 def _linear_op(
     input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
     reduction: str, ignore_index: int, label_smoothing: float, logit_scale: float, softcap: float | None, shift: bool,
-    chunk_bytes: int, needed: list[bool],
+    chunk_bytes: int | None, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, gradients for an upstream gradient of 1, empty where not needed)"""
     tensors = input, linear_weight, target, linear_bias, weight
@@ -616,7 +616,7 @@ def _linear_backward_op(
     grad_output: Tensor, input: Tensor, linear_weight: Tensor, target: Tensor,
     linear_bias: Tensor | None, weight: Tensor | None,
     reduction: str, ignore_index: int, label_smoothing: float, logit_scale: float, softcap: float | None, shift: bool,
-    chunk_bytes: int, needed: list[bool],
+    chunk_bytes: int | None, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     options = reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes
     found = _linear_with_gradients((input, linear_weight, target, linear_bias, weight), options, grad_output, needed)[1]
@@ -844,7 +844,7 @@ def linear_cross_entropy(
     logit_scale=1.0,
     softcap=None,
     shift=False,
-    chunk_bytes=linear.CHUNK_BYTES,
+    chunk_bytes=None,
 ):
     """A linear layer and its cross-entropy without the logits: ``torch.nn.functional.linear_cross_entropy``.
 
@@ -984,7 +984,7 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
         logit_scale=1.0,
         softcap=None,
         shift=False,
-        chunk_bytes=linear.CHUNK_BYTES,
+        chunk_bytes=None,
     ):
         super().__init__(
             in_features, num_classes, out_features=out_features, bias=bias, device=device, dtype=dtype, reduction=reduction,
