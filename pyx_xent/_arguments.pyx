@@ -33,8 +33,11 @@ from pyx_xent._problem cimport (
     SOFTMAX,
     SOFTMAX_BACKWARD,
     ClassArray,
+    Environment,
     Problem,
     Storage,
+    enter_environment,
+    leave_environment,
 )
 
 cdef extern from "numpy/arrayobject.h":
@@ -480,9 +483,11 @@ cdef object rounded_scalar(double value, object dtype):
 
 cdef double reduced(Call call):
     # The sum or mean, not rounded.
+    cdef Environment environment = enter_environment()
     cdef double total = sum_in_order(<const double*>call.problem.loss, cnp.PyArray_SIZE(call.loss_array))
     if call.reduction == MEAN:
         total = call.empty_value if call.nothing_to_average else total / call.divisor
+    leave_environment(environment)
     return total
 
 
@@ -495,10 +500,14 @@ cdef class Call:
 
     def loss(self):
         """The reduced loss: a NumPy scalar, an array for reduction "none", or `out`."""
-        if self.reduction == NONE:
-            result = rounded(self.loss_array, self.loss_dtype).reshape(loss_shape(self))[()]
-        else:
-            result = rounded_scalar(reduced(self), self.loss_dtype)
+        cdef Environment environment = enter_environment()
+        try:
+            if self.reduction == NONE:
+                result = rounded(self.loss_array, self.loss_dtype).reshape(loss_shape(self))[()]
+            else:
+                result = rounded_scalar(reduced(self), self.loss_dtype)
+        finally:
+            leave_environment(environment)
         if self.loss_out is None:
             return result
         self.loss_out[...] = result
@@ -544,8 +553,9 @@ cdef class Call:
         call.state = self.state
         call.axis, call.rows, call.classes, call.reduction = self.axis, self.rows, self.classes, self.reduction
         set_grad_output(call, None if grad_output is None else as_doubles(grad_output, "grad_output"))
+        call.divisor = self.divisor
         if call.reduction == MEAN:
-            call.problem.grad_scale /= self.divisor
+            divide_by_divisor(call)
         set_gradient(call, None)
         settle(call)
         return call
@@ -686,6 +696,7 @@ def cross_entropy(
     cdef bint soft
     cdef object dtype = native_dtype(x)
     cdef tuple inputs
+    cdef Environment environment
 
     # First what runs code of the caller's: __array__, __index__, __float__. Shapes are looked at when it can change none.
     if weight is not None:
@@ -752,7 +763,11 @@ def cross_entropy(
 
     p.is_double = call.loss_dtype is float64
     if weights is not None:
-        weights = np.array(weights, float64 if p.is_double else float32, order="C")
+        environment = enter_environment()
+        try:
+            weights = np.array(weights, float64 if p.is_double else float32, order="C")
+        finally:
+            leave_environment(environment)
         p.weight = cnp.PyArray_DATA(weights)
         call.weight = weights
     if call.reduction == MEAN:
@@ -762,7 +777,7 @@ def cross_entropy(
         call.empty_value = 0.0 if empty == "zero" else NAN
         if call.nothing_to_average and empty == "raise":
             raise ValueError("no row to average: the batch is empty or all its targets are ignore_index")
-        p.grad_scale /= call.divisor
+        divide_by_divisor(call)
 
     p.num_threads = threads_for(num_threads, call.rows * call.classes)
     if state is None:
@@ -792,12 +807,20 @@ cdef cnp.ndarray checked_state(object state, Py_ssize_t rows):
     return state
 
 
-cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live):
+cdef void divide_by_divisor(Call call) noexcept:
+    cdef Environment environment = enter_environment()
+    call.problem.grad_scale /= call.divisor
+    leave_environment(environment)
+
+
+cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live) noexcept:
     # The divisor D of SPEC S15, S16, S23.
+    cdef Environment environment
     cdef double total = 0.0, one
     cdef Py_ssize_t i
     if p.sample_weight == NULL and (p.weight == NULL or p.target == NULL):
         return live
+    environment = enter_environment()
     for i in range(positions):
         if p.target != NULL and p.target[i] < 0:
             continue
@@ -805,6 +828,7 @@ cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live):
         if p.weight != NULL and p.target != NULL:
             one *= (<const double*>p.weight)[p.target[i]] if p.is_double else (<const float*>p.weight)[p.target[i]]
         total += one
+    leave_environment(environment)
     return total
 
 

@@ -5,6 +5,12 @@
 
 from libc.stdint cimport int64_t
 
+cdef extern from "_environment.h":
+    ctypedef struct Environment "pyx_xent_environment":
+        pass
+    Environment enter_environment "pyx_xent_enter"() noexcept nogil
+    void leave_environment "pyx_xent_leave"(Environment before) noexcept nogil
+
 cdef enum:
     LANES = 16                    # columns or rows that a kernel works on together: one AVX-512 register of floats
     FEW_CLASSES = 64              # up to here LANES rows, transposed in a scratch, are faster than a row at a time

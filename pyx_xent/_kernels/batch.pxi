@@ -5,6 +5,7 @@
 # memory, rows are computed across the lanes (few classes, or rows next to each other), or one after the other.
 # Rows that a kernel cannot read or write where they are (strides, half precision, few classes) go through a scratch.
 
+from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport threadid
 
 from pyx_xent._arguments cimport SMALL_SCRATCH, Call
@@ -12,6 +13,7 @@ from pyx_xent._arguments cimport SMALL_SCRATCH, Call
 cdef enum:
     WORTH_ALIGNING = 1024         # rows side by side, of which a few are worth a tile of their own
     QUICK = 1024                  # so few elements are computed sooner than the GIL is given away and taken back
+    BETWEEN_SIGNALS = 1 << 27     # elements, some tenths of a second: then Ctrl-C is heard
 
 
 cdef inline Storage computed_in(floating compute) noexcept nogil:
@@ -251,39 +253,45 @@ cdef inline void ignore_rows(const Block* b) noexcept nogil:
         give_state(b)
 
 
-cdef void do_numbered_slice(const Problem* p, Py_ssize_t slice_size, Py_ssize_t number, int thread) noexcept nogil:
-    cdef Py_ssize_t first = number * slice_size
-    cdef Py_ssize_t end = min(first + slice_size, p.outer * p.inner)
+cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end, int thread) noexcept nogil:
+    cdef Environment environment = enter_environment()
     if p.is_double:
         do_slice[double](p, first, end, <double*>p.scratch + 3 * thread * p.scratch_size)
     else:
         do_slice[float](p, first, end, <float*>p.scratch + 3 * thread * p.scratch_size)
     if p.stream:
         stream_fence()
+    leave_environment(environment)
+
+
+cdef void do_in_parallel(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    # Eight slices a thread even out ignored rows and a busy core; whole tiles but for the last.
+    cdef Py_ssize_t size = (end - first + 8 * p.num_threads - 1) // (8 * p.num_threads)
+    cdef Py_ssize_t number
+    if size > LANES:
+        size = (size + LANES - 1) // LANES * LANES
+    for number in prange((end - first + size - 1) // size, num_threads=p.num_threads, schedule="dynamic", chunksize=1):
+        do_positions(p, first + number * size, min(first + (number + 1) * size, end), threadid())
 
 
 def run(Call call):
-    """Compute what `call` describes; nothing can fail any more."""
+    """Compute what `call` describes. Only KeyboardInterrupt can come of it, with part of the outputs written."""
     cdef Problem problem = call.problem           # a copy, for a scratch that is gone afterwards
     cdef const Problem* p = &problem
     cdef double small[SMALL_SCRATCH + 8]
-    cdef Py_ssize_t positions = p.outer * p.inner
-    # Eight slices a thread even out ignored rows and a busy core; whole tiles but for the last.
-    cdef Py_ssize_t slice_size = (positions + 8 * p.num_threads - 1) // (8 * p.num_threads)
-    cdef Py_ssize_t slices, number
+    cdef Py_ssize_t positions = p.outer * p.inner, first, size
     if positions == 0 or p.classes == 0:
         return
     if problem.scratch == NULL:
         problem.scratch = <void*>((<size_t>small + 63) // 64 * 64)
     if p.num_threads == 1 and positions * p.classes <= QUICK:
-        do_numbered_slice(p, positions, 0, 0)
+        do_positions(p, 0, positions, 0)
         return
-    if p.num_threads == 1 or p.shared:
+    size = max(<Py_ssize_t>1, BETWEEN_SIGNALS // p.classes // LANES * LANES)
+    for first from 0 <= first < positions by size:
         with nogil:
-            do_numbered_slice(p, positions, 0, 0)
-        return
-    if slice_size > LANES:
-        slice_size = (slice_size + LANES - 1) // LANES * LANES
-    slices = (positions + slice_size - 1) // slice_size
-    for number in prange(slices, nogil=True, num_threads=p.num_threads, schedule="dynamic", chunksize=1):
-        do_numbered_slice(p, slice_size, number, threadid())
+            if p.num_threads == 1 or p.shared:
+                do_positions(p, first, min(first + size, positions), 0)
+            else:
+                do_in_parallel(p, first, min(first + size, positions))
+        PyErr_CheckSignals()

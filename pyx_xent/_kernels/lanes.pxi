@@ -27,9 +27,12 @@ from pyx_xent._problem cimport (
     SOFTMAX,
     SOFTMAX_BACKWARD,
     ClassArray,
+    Environment,
     Operation,
     Problem,
     Storage,
+    enter_environment,
+    leave_environment,
 )
 
 cdef enum:

@@ -213,14 +213,23 @@ cdef void row_sum(const Work* work, Sum kind, const Problem* p, RowSum* row, flo
 cdef void shared_segment(
     const Work* work, Sum kind, Py_ssize_t segment, double* part, RowSum* row, floating compute
 ) noexcept nogil:
+    # On any thread, so in an environment of its own, like what follows.
+    cdef Environment environment = enter_environment()
     cdef double first[LANES]
     cdef double second[LANES]
     if segment == segments_of(work.classes) - 1:
         row_segment[floating](work, kind, segment, row.last_first, row.last_second, 0)
-        return
-    row_segment[floating](work, kind, segment, first, second, 0)
-    fold_segment[floating](kind, first, second, 0)
-    part[0], part[1] = first[0], second[0]
+    else:
+        row_segment[floating](work, kind, segment, first, second, 0)
+        fold_segment[floating](kind, first, second, 0)
+        part[0], part[1] = first[0], second[0]
+    leave_environment(environment)
+
+
+cdef void shared_segment_entries(const Work* work, Operation operation, Py_ssize_t segment, floating compute) noexcept nogil:
+    cdef Environment environment = enter_environment()
+    row_segment_entries[floating](work, operation, segment, 0)
+    leave_environment(environment)
 
 
 cdef inline void fold_row(Sum kind, RowSum* row, double* first, double* second, floating compute) noexcept nogil:
@@ -335,7 +344,7 @@ cdef void row_entries(const Work* work, Operation operation, const Problem* p, f
     cdef Py_ssize_t segments = segments_of(work.classes), segment
     if p.shared:
         for segment in prange(segments, num_threads=p.num_threads, schedule="static"):
-            row_segment_entries[floating](work, operation, segment, 0)
+            shared_segment_entries[floating](work, operation, segment, 0)
     else:
         for segment in range(segments):
             row_segment_entries[floating](work, operation, segment, 0)

@@ -1,0 +1,37 @@
+/* The floating-point environment of the calling thread: rounding to nearest, with subnormal numbers and without traps for the
+   time of a calculation; then what the caller had set, its exception flags too. */
+#ifndef PYX_XENT_ENVIRONMENT_H
+#define PYX_XENT_ENVIRONMENT_H
+
+#if defined(__SSE2__) || defined(_M_X64)
+#include <xmmintrin.h>
+typedef unsigned pyx_xent_environment;
+static inline pyx_xent_environment pyx_xent_enter(void) {
+  unsigned before = _mm_getcsr();
+  _mm_setcsr(0x1f80); /* as a process starts: all exceptions masked */
+  return before;
+}
+static inline void pyx_xent_leave(pyx_xent_environment before) { _mm_setcsr(before); }
+
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+typedef unsigned long long pyx_xent_environment;
+static inline pyx_xent_environment pyx_xent_enter(void) {
+  unsigned long long before, normal = 0;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+  __asm__ volatile("msr fpcr, %0" : : "r"(normal) : "memory");
+  return before;
+}
+static inline void pyx_xent_leave(pyx_xent_environment before) { __asm__ volatile("msr fpcr, %0" : : "r"(before) : "memory"); }
+
+#else
+#include <fenv.h>
+typedef fenv_t pyx_xent_environment;
+static inline pyx_xent_environment pyx_xent_enter(void) {
+  fenv_t before;
+  fegetenv(&before);
+  fesetenv(FE_DFL_ENV);
+  return before;
+}
+static inline void pyx_xent_leave(pyx_xent_environment before) { fesetenv(&before); }
+#endif
+#endif
