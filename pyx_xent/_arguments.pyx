@@ -487,7 +487,7 @@ cdef double reduced(Call call):
     cdef double total = sum_in_order(<const double*>call.problem.loss, cnp.PyArray_SIZE(call.loss_array))
     if call.reduction == MEAN:
         total = call.empty_value if call.nothing_to_average else total / call.divisor
-    leave_environment(environment)
+    leave_environment(environment, &total)
     return total
 
 
@@ -507,7 +507,7 @@ cdef class Call:
             else:
                 result = rounded_scalar(reduced(self), self.loss_dtype)
         finally:
-            leave_environment(environment)
+            leave_environment(environment, NULL)
         if self.loss_out is None:
             return result
         self.loss_out[...] = result
@@ -767,7 +767,7 @@ def cross_entropy(
         try:
             weights = np.array(weights, float64 if p.is_double else float32, order="C")
         finally:
-            leave_environment(environment)
+            leave_environment(environment, NULL)
         p.weight = cnp.PyArray_DATA(weights)
         call.weight = weights
     if call.reduction == MEAN:
@@ -810,7 +810,7 @@ cdef cnp.ndarray checked_state(object state, Py_ssize_t rows):
 cdef void divide_by_divisor(Call call) noexcept:
     cdef Environment environment = enter_environment()
     call.problem.grad_scale /= call.divisor
-    leave_environment(environment)
+    leave_environment(environment, NULL)
 
 
 cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live) noexcept:
@@ -828,7 +828,7 @@ cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live) noe
         if p.weight != NULL and p.target != NULL:
             one *= (<const double*>p.weight)[p.target[i]] if p.is_double else (<const float*>p.weight)[p.target[i]]
         total += one
-    leave_environment(environment)
+    leave_environment(environment, &total)
     return total
 
 

@@ -9,7 +9,7 @@ cdef extern from "_environment.h":
     ctypedef struct Environment "pyx_xent_environment":
         pass
     Environment enter_environment "pyx_xent_enter"() noexcept nogil
-    void leave_environment "pyx_xent_leave"(Environment before) noexcept nogil
+    void leave_environment "pyx_xent_leave"(Environment before, void* result) noexcept nogil
 
 cdef enum:
     LANES = 16                    # columns or rows that a kernel works on together: one AVX-512 register of floats

@@ -575,7 +575,7 @@ def test_forward_and_backward_allocate_one_gradient():
 
     if memory.resident("VmHWM") is None:
         pytest.skip("the system does not tell how much memory a process has")
-    case = cases.Case((512, 20000), "a gradient of 41 MB")
+    case = cases.Case((2048, 20000), "a gradient of 164 MB: what a process takes otherwise is less than 1 % of it")
     found = memory.measure(case, cases.GRADIENT, peers.TORCH_OURS, 1)
     assert 0.8 * case.logits_bytes < found <= 1.02 * case.logits_bytes  # less where something is used again
 

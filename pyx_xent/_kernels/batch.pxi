@@ -261,7 +261,7 @@ cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end, int t
         do_slice[float](p, first, end, <float*>p.scratch + 3 * thread * p.scratch_size)
     if p.stream:
         stream_fence()
-    leave_environment(environment)
+    leave_environment(environment, NULL)
 
 
 cdef void do_in_parallel(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:

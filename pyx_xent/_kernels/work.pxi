@@ -223,13 +223,13 @@ cdef void shared_segment(
         row_segment[floating](work, kind, segment, first, second, 0)
         fold_segment[floating](kind, first, second, 0)
         part[0], part[1] = first[0], second[0]
-    leave_environment(environment)
+    leave_environment(environment, NULL)
 
 
 cdef void shared_segment_entries(const Work* work, Operation operation, Py_ssize_t segment, floating compute) noexcept nogil:
     cdef Environment environment = enter_environment()
     row_segment_entries[floating](work, operation, segment, 0)
-    leave_environment(environment)
+    leave_environment(environment, NULL)
 
 
 cdef inline void fold_row(Sum kind, RowSum* row, double* first, double* second, floating compute) noexcept nogil:

@@ -1,0 +1,162 @@
+"""The floating-point environment of the caller, signals, and memory that is not there."""
+
+import ctypes
+import ctypes.util
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import same_bits
+
+import pyx_xent as px
+
+glibc_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or platform.libc_ver()[0] != "glibc",
+    reason="fenv_t is that of glibc on x86-64",
+)
+FLUSH = 0x8040  # subnormal results and operands are 0
+ROUNDING = {"nearest": 0, "downward": 0x2000, "upward": 0x4000, "toward zero": 0x6000}
+
+
+class Environment:
+    """The MXCSR register of this thread."""
+
+    def __init__(self):
+        self.libm = ctypes.CDLL(ctypes.util.find_library("m"))
+
+    def get(self):
+        fenv = (ctypes.c_uint32 * 8)()
+        self.libm.fegetenv(fenv)
+        return fenv[7]
+
+    def set(self, mxcsr):
+        fenv = (ctypes.c_uint32 * 8)()
+        self.libm.fegetenv(fenv)
+        fenv[7] = mxcsr
+        self.libm.fesetenv(fenv)
+
+
+@pytest.fixture
+def environment():
+    environment = Environment()
+    before = environment.get()
+    yield environment
+    environment.set(before)
+
+
+def everything(logits, target, soft, weight, threads):
+    options = {"num_threads": threads}
+    yield px.cross_entropy(logits, target, **options)
+    for reduction in ("none", "mean"):
+        yield from px.cross_entropy_with_grad(logits, target, reduction=reduction, label_smoothing=0.1, **options)
+        yield from px.cross_entropy_with_grad(logits, soft, reduction=reduction, **options)
+    yield from px.cross_entropy_with_grad(logits, target, weight=weight, **options)
+    softmax = px.softmax(logits, **options)
+    yield softmax
+    yield px.log_softmax(logits, **options)
+    yield px.softmax_backward(logits, softmax, **options)
+
+
+@glibc_x86
+@pytest.mark.spec("S36")
+@pytest.mark.parametrize("mode", [*(value for value in ROUNDING.values()), FLUSH, FLUSH | 0x4000], ids=hex)
+@pytest.mark.parametrize("shape", [(40, 10), (40, 300), (1, 70000), (20, 9000)], ids=str)
+def test_no_rounding_mode_and_no_flushing_changes_a_bit(isa, dtype, rng, many_threads, environment, mode, shape):
+    logits = (10 * rng.normal(size=shape)).astype(dtype)
+    logits[:, ::3] -= 95 if dtype is np.float32 else 720  # subnormal probabilities
+    target, soft = rng.integers(0, shape[1], shape[0]), rng.dirichlet(np.ones(shape[1]), shape[0]).astype(dtype)
+    weight = rng.random(shape[1])
+    expected = list(everything(logits, target, soft, weight, 1))
+    for threads in (1, 4):
+        environment.set(0x1F80 | mode)
+        try:
+            found = list(everything(logits, target, soft, weight, threads))
+            after = environment.get()
+        finally:
+            environment.set(0x1F80)
+        assert after & 0xFFC0 == 0x1F80 | mode  # the rest says what has happened; NumPy's own steps may add to it
+        for one, other in zip(found, expected, strict=True):
+            assert same_bits(one, other)
+
+
+def python(code, **options):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False, **options)
+
+
+@glibc_x86
+def test_calls_trap_nothing():
+    """Where the caller has the processor stop at NaN and infinities, those inside are none of its business."""
+    code = """if True:
+        import ctypes, ctypes.util, numpy as np, pyx_xent as px
+        logits = np.array([[0, -1e4, np.nan], [3e38, -3e38, 0], [0, -np.inf, np.inf]], np.float32)
+        px.cross_entropy_with_grad(logits, [0, 1, 2])
+        libm = ctypes.CDLL(ctypes.util.find_library("m"))
+        libm.feenableexcept(0x1D)
+        px.cross_entropy_with_grad(logits, [0, 1, 2])
+        px.softmax(logits)
+        libm.fedisableexcept(0x1D)
+        print("done")"""
+    assert python(code).stdout == "done\n"
+
+
+def test_importing_changes_no_environment():
+    code = """if True:
+        import sys
+        sys.path[:0] = sys.argv[1:]
+        import numpy
+        from test_environment import Environment
+        environment = Environment()
+        for mode in (0x1F80, 0x1F80 | 0x8040 | 0x2000):
+            environment.set(mode)
+            import pyx_xent
+            pyx_xent.cross_entropy(numpy.ones((3, 4)), [0, 1, 2])
+            assert environment.get() & 0xFFC0 == mode, hex(environment.get())
+        environment.set(0x1F80)
+        print("done")"""
+    if platform.machine() not in ("x86_64", "AMD64") or platform.libc_ver()[0] != "glibc":
+        pytest.skip("fenv_t is that of glibc on x86-64")
+    result = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.stdout == "done\n", result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="sends a signal as POSIX does")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_long_call_hears_ctrl_c(threads):
+    code = f"""if True:
+        import os, signal, threading, time, numpy as np, pyx_xent as px
+        logits = np.broadcast_to(np.zeros(1 << 13, np.float32), (1 << 22, 1 << 13))  # as 137 GB
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.perf_counter()
+        try:
+            px.cross_entropy(logits, np.zeros(1 << 22, int), num_threads={threads})
+        except KeyboardInterrupt:
+            print(time.perf_counter() - start)
+        logits = logits[:10]
+        assert px.cross_entropy(logits, np.zeros(10, int)) > 9"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert 0.4 < float(result.stdout) < 2.5
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL") or sys.platform != "linux", reason="limits memory as Linux does")
+def test_without_memory_for_the_gradient_all_stays_usable():
+    code = """if True:
+        import resource, numpy as np, pyx_xent as px
+        logits = np.zeros((1000, 100000), np.float32)  # 400 MB, never touched
+        target = np.zeros(1000, int)
+        px.cross_entropy(logits, target)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+        for function in (px.cross_entropy_with_grad, lambda x, y: px.softmax(x)):
+            try:
+                function(logits, target)
+            except MemoryError:
+                print("MemoryError", px.cross_entropy(logits, target) > 11)"""
+    assert python(code).stdout == "MemoryError True\nMemoryError True\n"
