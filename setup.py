@@ -68,7 +68,9 @@ class BuildKernels(build_ext):
                 objects = self.compiler.compile(
                     [str(source)], output_dir=folder, extra_postargs=compile_flags + shlex.split(os.environ.get("CFLAGS", ""))
                 )
-                self.compiler.link_executable(objects, str(Path(folder, "openmp")), extra_postargs=link_flags)
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "openmp")), extra_postargs=link_flags + shlex.split(os.environ.get("LDFLAGS", ""))
+                )
             except (CompileError, LinkError):
                 print("pyx_xent: this compiler has no OpenMP; building for one thread")
                 return False

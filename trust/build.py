@@ -1,0 +1,61 @@
+"""Copies of the source tree that are built in another way: with sanitizers, with bugs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SANITIZERS = "-fsanitize=address,undefined"
+ONLY_AVX2 = "isas = list(ISA_FLAGS) if on_x86_64", 'isas = ["avx2"] if on_x86_64'  # a third of the time
+
+
+def copy(folder):
+    """The sources alone, in a new folder."""
+
+    def unwanted(_, names):
+        return [n for n in names if n.startswith(".") or n in ("build", "docs") or n.endswith((".so", ".c", ".egg-info"))]
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT, folder, ignore=unwanted)
+    shutil.copy(ROOT / "benchmarks/roofline.c", folder / "benchmarks")
+    shutil.copytree(ROOT / "docs", folder / "docs")
+
+
+def replace(file, old, new):
+    """Change one place of a file."""
+    text = file.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise SystemExit(f"{file}: {text.count(old)} times {old!r}, expected once")
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def build_with_sanitizers(folder):
+    environment = {
+        **os.environ,
+        "CFLAGS": f"-g1 -fno-omit-frame-pointer {SANITIZERS} -fno-sanitize-recover=undefined",
+        "LDFLAGS": SANITIZERS,
+    }
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", f"-j{os.cpu_count()}"],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if result.returncode:
+        raise SystemExit(f"the build in {folder} failed:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
+
+
+def under_sanitizers():
+    """Environment for a Python that loads what `build_with_sanitizers` has made; gcc's runtimes come first."""
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        compiler = os.environ.get("CC", "gcc")
+        libraries.append(subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip())
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps much to the end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": ".",
+    }

@@ -1,0 +1,88 @@
+"""Does the fuzzer bite? Bugs that others had, planted one at a time into a sanitized build: each must make it fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import build
+
+ARGUMENTS, THREADS, LINEAR = "pyx_xent/_arguments.pyx", "pyx_xent/_threads.py", "pyx_xent/linear.py"
+BATCH, WORK, EXP = "pyx_xent/_kernels/batch.pxi", "pyx_xent/_kernels/work.pxi", "pyx_xent/_kernels/exp.pxi"
+
+BUGS = [  # what is wrong, where, the right code, the wrong code
+    ("a label may be the number of classes", ARGUMENTS, "(y - <uint64_t>classes)) >> 63", "(y - <uint64_t>classes - 1)) >> 63"),
+    ("labels are not checked", ARGUMENTS, "return <Py_ssize_t>(others - lives)", "return 0"),
+    ("ignored labels are used as classes", ARGUMENTS, "    if live < n:\n", "    if False:\n"),
+    ("uint64 labels wrap", ARGUMENTS, "flat[exact > LARGEST_INT64] = classes if", "flat[exact > LARGEST_INT64] = 0 if"),
+    ("class weights may be too few", ARGUMENTS, "weight) != 1 or cnp.PyArray_DIM(weight, 0) != classes", "weight) != 1"),
+    ("outputs may overlap themselves", ARGUMENTS, "        if stride < covered:", "        if False:"),
+    ("outputs may overlap inputs", ARGUMENTS, "        if share_memory(array, inputs[k]):", "        if False:"),
+    ("outputs may have another shape", ARGUMENTS,
+     "    if not has_shape(array, shape):\n        raise", "    if False:\n        raise"),
+    ("outputs may be read-only", ARGUMENTS, "    if not cnp.PyArray_ISWRITEABLE(array):", "    if False:"),
+    ("outputs may be of another dtype", ARGUMENTS, "    if array.dtype is not dtype and (", "    if False and ("),
+    ("unaligned arrays are read as aligned ones", ARGUMENTS, "not cnp.PyArray_ISBEHAVED_RO(array):\n        return False",
+     "not cnp.PyArray_ISNOTSWAPPED(array):\n        return False"),
+    ("foreign byte order is read as native", ARGUMENTS, "not cnp.PyArray_ISBEHAVED_RO(array):\n        return False",
+     "not cnp.PyArray_ISALIGNED(array):\n        return False"),
+    ("two axes pass for one", ARGUMENTS, "            elif stride != expected:", "            elif False:"),
+    ("sample weights may be too few", ARGUMENTS, "if not is_one_per_row(samples, x, call.axis) and (", "if False and ("),
+    ("upstream gradients may be too few", ARGUMENTS, "elif not is_one_per_row(array, call.logits, call.axis):", "elif False:"),
+    ("the scratch is too small", ARGUMENTS, "p.num_threads) * 3 * p.scratch_size", "p.num_threads) * 2 * p.scratch_size"),
+    ("ignored rows count in the mean", ARGUMENTS, "if p.target != NULL and p.target[i] < 0:", "if False:"),
+    ("no threads are as good as one", THREADS, "    if number < 1:", "    if number < -9:"),
+    ("a row is read beyond its end", BATCH, "load(x, p.logits.storage, p.logits.classes, p.classes, row, 1)",
+     "load(x, p.logits.storage, p.logits.classes, p.classes + 1, row, 1)"),
+    ("a tile is read beyond the last row", BATCH,
+     "tile + l, LANES)\n\n\ncdef void scatter", "tile + l + 1, LANES)\n\n\ncdef void scatter"),
+    ("a block is one row too large", BATCH,
+     "        rows = min(rows, p.rows_together)", "        rows = min(rows + 1, p.rows_together)"),
+    ("slices overlap the end", BATCH, "min(first + (number + 1) * size, end)", "first + (number + 1) * size"),
+    ("the loss of ignored rows is left as it was", BATCH, "            p.loss[b.position + l] = 0", "            pass"),
+    ("the gradient of ignored rows is left as it was", BATCH,
+     "store_zeros(out, p.grad.storage, p.grad.classes, p.classes, p.stream)", "pass"),
+    ("the last element of a row is left out", WORK, "else classes - segment * SEGMENT", "else classes - segment * SEGMENT - 1"),
+    ("a digit of exp is wrong", EXP, "0.16666520107819589", "0.16686520107819589"),
+    ("a digit of exp in double is wrong", EXP, "8.3333333334956238e-3", "8.3333343334956238e-3"),
+    ("ignored rows are multiplied", LINEAR, "np.flatnonzero(self.labels >= 0)", "np.flatnonzero(self.labels >= -1)"),
+    ("the first chunk alone is written", LINEAR, "                total[some] += part", "                pass"),
+]  # fmt: skip
+
+
+def run(folder, calls):
+    """{what is wrong: the last line that the fuzzer said, or None if it found nothing}"""
+    folder = Path(folder)
+    build.copy(folder)
+    build.replace(folder / "setup.py", *build.ONLY_AVX2)
+    build.build_with_sanitizers(folder)
+    if said := fuzz(folder, calls):
+        raise SystemExit(f"the fuzzer finds something where nothing was planted: {said}")
+    found = {}
+    for what, name, right, wrong in tqdm(BUGS, unit=" bugs"):
+        file = folder / name
+        before = file.read_bytes()
+        build.replace(file, right, wrong)
+        try:
+            build.build_with_sanitizers(folder)
+            found[what] = fuzz(folder, calls)
+        finally:
+            file.write_bytes(before)
+        tqdm.write(f"{'caught' if found[what] else 'MISSED'}: {what}: {found[what]}")
+    return found
+
+
+def fuzz(folder, calls):
+    """None, or what it died of."""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "trust", "fuzz", "--calls", str(calls), "--jobs", "1"],
+            cwd=folder, env=build.under_sanitizers(), capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "it did not end"
+    if result.returncode == 0:
+        return None
+    lines = [line for line in result.stderr.splitlines() if "ERROR: " in line or "runtime error" in line or "Error: " in line]
+    return (lines or [f"exit code {result.returncode}"])[-1][:200]
