@@ -6,7 +6,7 @@ TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
 BASELINE := file://./.benchmarks/baseline
 SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
 
-.PHONY: demo test bench bench-quick bench-save bench-compare lint clean
+.PHONY: demo test bench bench-quick bench-save bench-compare asan lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -32,6 +32,12 @@ bench-save: $(VENV)/bench
 bench-compare: $(VENV)/bench
 	@ls .benchmarks/baseline/*/*.json >/dev/null 2>&1 || { echo 'Nothing to compare with: run "make bench-save" first.'; exit 1; }
 	$(TIMED) -m "quick and ours" --benchmark-compare --benchmark-compare-fail=min:15% --benchmark-storage=$(BASELINE)
+
+# The fuzzer and the tests with gcc's sanitizers, then bugs that the fuzzer has to find.
+asan: $(VENV)/test
+	$(BIN)/python -m pip install --quiet "cython>=3.1" "setuptools>=77"
+	$(BIN)/python -m trust sanitize
+	$(BIN)/python -m trust plant
 
 lint: $(VENV)/test
 	$(BIN)/python -m pip install --quiet ruff

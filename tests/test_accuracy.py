@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pyx_xent as px
-from pyx_xent import reference
+from pyx_xent import _dispatch, reference
 
 LOSS_ULP = {np.float32: 2, np.float64: 3}
 ENTRY_ULP = {np.float32: 4, np.float64: 5}
@@ -145,3 +145,17 @@ def test_softmax_and_log_softmax_are_right_to_the_last_places(isa, dtype, kind, 
     ell = log_probabilities(kind, classes, dtype)
     assert ulps(px.log_softmax(logits), ell) <= ENTRY_ULP[dtype]
     assert ulps(px.softmax(logits), np.exp(ell)) <= ENTRY_ULP[dtype]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_exponentials(isa, rng, kind):
+    """trust/exp.py looks at every float32."""
+    from trust import exp
+
+    x = np.concatenate([rng.uniform(-87, 88, 200_000), rng.normal(size=100_000), [0.0, -0.0, 1e-30, -87.0, 88.0]]).astype(kind)
+    out = np.empty_like(x)
+    _dispatch.load(isa).exponentials(x, out)
+    exact = np.exp(x.astype(np.longdouble))
+    error = exp.units_in_the_last_place(out, exact)
+    assert error.max() <= (1.0 if isa != "baseline" else 1.2)
+    assert error.max() > 0.5

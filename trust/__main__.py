@@ -1,4 +1,4 @@
-"""python -m trust {fuzz,sanitize,plant}: how hard pyx_xent was tried to be broken."""
+"""python -m trust {fuzz,sanitize,plant,exp}: how hard pyx_xent was tried to be broken."""
 
 import argparse
 import concurrent.futures
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import build, fuzz, plant
+from pyx_xent import _dispatch
+
+from . import build, exp, fuzz, plant
 
 AT_ONCE = 500  # calls of a job
 FOLDER = Path("build/trust")
@@ -53,6 +55,18 @@ def run_plant(arguments):
         raise SystemExit(f"missed: {'; '.join(missed)}")
 
 
+def run_exp(arguments):
+    blocks = list(exp.blocks())
+    context = multiprocessing.get_context("spawn")
+    for isa in _dispatch.supported:
+        with concurrent.futures.ProcessPoolExecutor(arguments.jobs, context) as pool:
+            jobs = [(isa, *block) for block in blocks]
+            found = list(tqdm(pool.map(exp.worst_of, jobs), total=len(jobs), desc=isa, leave=False))
+        _, error, where = max(found, key=lambda one: one[1])
+        print(f"{isa}: exp of all {sum(count for count, _, _ in found):,} float32 from {exp.LOWEST} to {exp.HIGHEST}: "
+              f"at most {error:.3f} ULP, at {where!r}")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m trust", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -65,10 +79,12 @@ def main():
             "the same and the tests under AddressSanitizer and UndefinedBehaviorSanitizer of gcc",
         ),
         ("plant", run_plant, 5_000, "whether the fuzzer finds bugs that are planted"),
+        ("exp", run_exp, None, "the largest error of the kernels' exponential, over all float32"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--calls", type=int, default=calls)
-        command.add_argument("--seed", type=int, default=0)
+        if calls is not None:
+            command.add_argument("--calls", type=int, default=calls)
+            command.add_argument("--seed", type=int, default=0)
         command.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
         command.set_defaults(run=function)
     arguments = parser.parse_args()
