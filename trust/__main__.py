@@ -42,6 +42,7 @@ def run_sanitize(arguments):
     build.build_with_sanitizers(folder)
     # Without the tests that start processes or load libraries that are not built for this.
     left_out = [f"--ignore-glob=tests/test_{name}*.py" for name in ("build", "benchmarks", "docs", "environment", "torch")]
+    left_out.append("--deselect=tests/test_linear.py::test_logits_are_never_one_array")  # the sanitizer's memory counts there
     calls = ["--calls", str(arguments.calls), "--seed", str(arguments.seed), "--jobs", str(arguments.jobs)]
     for command in (["trust", "fuzz", *calls], ["pytest", "-q", "-s", "-p", "no:cacheprovider", "tests", *left_out]):
         subprocess.run([sys.executable, "-m", *command], cwd=folder, env=build.under_sanitizers(), check=True)
