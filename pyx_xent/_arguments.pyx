@@ -71,7 +71,7 @@ cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
 
 # One argument
 
-cdef cnp.ndarray as_array(object value, str name):
+cpdef cnp.ndarray as_array(object value, str name):
     if cnp.PyArray_CheckExact(value):
         return value
     if isinstance(value, np.ma.MaskedArray):

@@ -288,7 +288,7 @@ class Problem:
             raise ValueError(f"softcap must be positive, got {softcap}")
         if chunk_bytes is not None and operator.index(chunk_bytes) < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-        given = target = np.asarray(target)
+        given = target = _arguments.as_array(target, "target")
         rows = hidden.shape[:-1]
         self.shape = hidden.shape
         self.hidden = hidden.reshape(math.prod(rows), hidden.shape[-1])

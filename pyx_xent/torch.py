@@ -148,13 +148,22 @@ def _gradient_like(input):
 # One call of the kernels
 
 
+def _weight_array(weight):
+    """Of class weights, which may be absent; they are cast in any case, so bfloat16 ones here."""
+    return None if weight is None else _array(weight.float() if weight.dtype is torch.bfloat16 else weight)
+
+
+def _upstream(grad_output):
+    """A number, or one for each row."""
+    return _array(grad_output.double()) if grad_output.dim() else float(grad_output)
+
+
 def _call(input, target, weight, options, grad_output=None, grad_out=None, want_gradient=False, keep_state=False, state=None):
     """Checked and computed; the last five as for _arguments.cross_entropy."""
     reduction, ignore_index, label_smoothing, log_probs = options
-    if weight is not None:
-        weight = _array(weight.float() if weight.dtype is torch.bfloat16 else weight)
     call = _arguments.cross_entropy(
-        _array(input), _array(target), weight, ignore_index, reduction, label_smoothing, None, None, None, 0.0, "nan", None,
+        _array(input), _array(target), _weight_array(weight), ignore_index, reduction, label_smoothing,
+        None, None, None, 0.0, "nan", None,
         None if input.numel() < _SERIAL else torch.get_num_threads(),
         grad_output, grad_out, want_gradient, keep_state, state, log_probs,
     )  # fmt: skip
@@ -182,8 +191,7 @@ def _gradient(grad_output, input, target, weight, state, options, out):
     """The gradient with respect to the logits, written into the tensor `out`; faster from the state that the loss has left."""
     if grad_output.dim() and options[0] != "none":
         raise ValueError(f"grad_output must be a scalar for reduction={options[0]!r}, got shape {tuple(grad_output.shape)}")
-    upstream = _array(grad_output.double()) if grad_output.dim() else float(grad_output)
-    _call(input, target, weight, options, upstream, _array(out), want_gradient=True, state=state).gradient()
+    _call(input, target, weight, options, _upstream(grad_output), _array(out), want_gradient=True, state=state).gradient()
     return out
 
 
@@ -337,6 +345,11 @@ _backward_op.register_autograd(_backward_backward, setup_context=_backward_setup
 _made_early = True  # whether gradients are made with the loss: while the upstream gradients are 1, as of loss.backward()
 
 
+def _may_keep_gradients():
+    """Not under hooks: they may give saved tensors away until they are needed; gradients would keep as much memory."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 class _Made:
     """What a pass over the logits has made, and what their gradient needs beside them."""
 
@@ -346,11 +359,7 @@ class _Made:
         self.options, self.inplace = options, inplace
         self.gradient = []  # or, for an upstream gradient of 1, [it], until it is given away
         self.state = None
-        early = (
-            _made_early and options[0] != "none" and not inplace and input.requires_grad
-            # Hooks may give saved tensors away until they are needed; a gradient would keep as much memory.
-            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-        )  # fmt: skip
+        early = _made_early and options[0] != "none" and not inplace and input.requires_grad and _may_keep_gradients()
         if early:
             large = _large_gradient(input)
             call = _call(input, target, weight, options, None, None if large is None else _array(large), want_gradient=True)
@@ -537,12 +546,10 @@ class _Products(linear.Products):
 
 def _linear_problem(input, linear_weight, target, linear_bias, weight, options, grad_output=None):
     reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes = options
-    if weight is not None:
-        weight = _array(weight.float() if weight.dtype is torch.bfloat16 else weight)
     return linear.Problem(
-        _array(input), _array(linear_weight), _array(target), None if linear_bias is None else _array(linear_bias), weight,
-        ignore_index, reduction, label_smoothing, None, None, 0.0, "nan", logit_scale, softcap, shift, None,
-        torch.get_num_threads(), chunk_bytes, grad_output, _Products,
+        _array(input), _array(linear_weight), _array(target), None if linear_bias is None else _array(linear_bias),
+        _weight_array(weight), ignore_index, reduction, label_smoothing, None, None, 0.0, "nan", logit_scale, softcap, shift,
+        None, torch.get_num_threads(), chunk_bytes, grad_output, _Products,
     )  # fmt: skip
 
 
@@ -550,9 +557,7 @@ def _linear_problem(input, linear_weight, target, linear_bias, weight, options, 
 def _linear_with_gradients(tensors, options, grad_output, needed):
     """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
     input, linear_weight, target, linear_bias, weight = tensors
-    upstream = grad_output
-    if isinstance(grad_output, Tensor):
-        upstream = _array(grad_output.double()) if grad_output.dim() else float(grad_output)
+    upstream = None if grad_output is None else _upstream(grad_output)
     problem = _linear_problem(input, linear_weight, target, linear_bias, weight, options, upstream)
     dtype, places = problem.products.dtype, [None] * 3
     if needed[1] and linear_weight.numel() * dtype.itemsize >= _Memory.LARGE:
@@ -648,7 +653,7 @@ def _(grad_output, input, linear_weight, target, linear_bias, weight, *options):
 def _linear_op_setup(ctx, inputs, output):
     *tensors, needed = inputs[:5] + inputs[12:]
     ctx.options = inputs[5:12]
-    ctx.made = tuple(needed)
+    ctx.made = any(needed)
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)  # zeros as large as linear_weight
 
@@ -658,7 +663,7 @@ def _linear_op_backward(ctx, grad_output, *_):
     needed = [ctx.needs_input_grad[k] for k in (0, 1, 3)]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = _gradients_from_logits(tensors, ctx.options, grad_output, needed)
-    elif any(ctx.made):
+    elif ctx.made:
         made = (of_input, of_weight, of_bias)
         found = [gradient * grad_output if is_needed else None for gradient, is_needed in zip(made, needed, strict=True)]
         found = _rounded(found, tensors[0].dtype)
@@ -680,8 +685,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.options = options
         ctx.save_for_backward(*tensors)
         ctx.made = []  # or, until they are given away, [gradients]
-        # Hooks may give saved tensors away until they are needed; gradients would keep as much memory.
-        if options[0] == "none" or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if options[0] == "none" or not _may_keep_gradients():
             call = linear.run(_linear_problem(*tensors, options))
         else:
             call, found = _linear_with_gradients(tensors, options, None, ctx.needs_input_grad[:3])

@@ -205,6 +205,7 @@ def test_errors_leave_everything_as_it_was(rng):
     for changed, error, message in [
         ({"target": wrong}, IndexError, r"Target 37 is out of bounds. \(target\[5\]"),
         ({"target": target[:-1]}, ValueError, "target"),
+        ({"target": np.ma.masked_equal(target, 3)}, TypeError, "target is a masked array"),
         ({"hidden": hidden[:, :-1]}, ValueError, r"hidden must have shape \(..., H\) and linear_weight \(C, H\)"),
         ({"hidden": hidden.astype(int)}, TypeError, "hidden must be float32, float64, float16 or bfloat16, got int64"),
         ({"linear_weight": weight.astype(np.float64)}, TypeError, "linear_weight must have the dtype of hidden"),

@@ -15,12 +15,11 @@ def copy(folder):
     """The sources alone, in a new folder."""
 
     def unwanted(_, names):
-        return [n for n in names if n.startswith(".") or n in ("build", "docs") or n.endswith((".so", ".c", ".egg-info"))]
+        return [n for n in names if n.startswith(".") or n == "build" or n.endswith((".so", ".c", ".egg-info"))]
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT, folder, ignore=unwanted)
     shutil.copy(ROOT / "benchmarks/roofline.c", folder / "benchmarks")
-    shutil.copytree(ROOT / "docs", folder / "docs")
 
 
 def replace(file, old, new):
