@@ -147,6 +147,15 @@ def test_softmax_and_log_softmax_are_right_to_the_last_places(isa, dtype, kind, 
     assert ulps(px.softmax(logits), np.exp(ell)) <= ENTRY_ULP[dtype]
 
 
+@pytest.mark.spec("S34")
+@pytest.mark.parametrize("classes", [1000, 5000])
+def test_probabilities_beside_one_near_1_keep_their_digits(isa, dtype, rng, classes):
+    logits = rng.normal(size=(100, classes))
+    logits[:, classes // 2] = logits.max(axis=1) + 12
+    logits = logits.astype(dtype)
+    assert ulps(px.softmax(logits), np.exp(log_softmax(logits, wider(dtype)))) <= ENTRY_ULP[dtype]
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_exponentials(isa, rng, kind):
     """trust/exp.py looks at every float32."""

@@ -285,15 +285,15 @@ cdef void guess_reference(Block* b, floating compute) noexcept nogil:
 
 cdef void block_state(
     Block* b,
-    bint keep_digits,                         # in   a confident row without excluded class leaves out its largest
-    floating compute,
+    double confident,                         # in   a row without excluded class whose sum is below this times its largest
+    floating compute,                         #      term leaves that one out, so that the others keep their digits beside it
 ) noexcept nogil:
     # maximum and total. One pass over memory, with a reference guessed from the row's start and its target; a second one is
     # rare.
     cdef double without[ROWS]
     cdef double room = headroom[floating](0)
     cdef double skip[ROWS]
-    cdef int l, confident = 0
+    cdef int l, again = 0
     for l in range(b.lanes):
         b.reference[l] = 0
         b.maximum[l] = 0
@@ -317,17 +317,14 @@ cdef void block_state(
     if not b.work.across:
         find_excluded_logits[floating](b, 0)
     exponentials_of_state[floating](b, 0)
-    if not keep_digits:
-        return
     for l in range(b.lanes):
         without[l] = -1.0
         skip[l] = 1
-        # Less than the largest has: then it is summed again without it.
-        if b.dead[l] == 0 and b.excluded[l] < 0 and b.total[l] < 2 * b.of_max[l]:
+        if b.dead[l] == 0 and b.excluded[l] < 0 and b.total[l] < confident * b.of_max[l]:
             without[l] = position_of[floating](b, l, <floating>b.maximum[l])
             skip[l] = 0
-            confident = 1
-    if confident:
+            again = 1
+    if again:
         block_sum[floating](b, MAX_SUM, without, skip, False, b.maximum, b.total, 0)
         for l in range(b.lanes):
             if skip[l] == 0:

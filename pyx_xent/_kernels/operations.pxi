@@ -93,7 +93,7 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     if p.have_state:
         take_state[floating](b, 0)
     else:
-        block_state[floating](b, soft, 0)
+        block_state[floating](b, 2, 0)
         if p.row_max != NULL:
             give_state(b)
     for l in range(b.lanes):
@@ -133,11 +133,16 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     if p.grad.data == NULL:
         return
     block_gradient[floating](b, CROSS_ENTROPY, 0)
+    put_excluded[floating](b, 0)
+
+
+cdef void put_excluded(Block* b, floating compute) noexcept nogil:
+    # The entry of the class left out, now or with the pending ones; across, tile_finished has put it.
+    cdef int l
     if b.work.pending != NULL and b.work.pending.classes > 0:
         b.work.pending.excluded = <Py_ssize_t>b.excluded[0]
         b.work.pending.at_excluded = b.at_excluded[0]
-        return
-    if not b.work.across:
+    elif not b.work.across:
         for l in range(b.rows):
             if b.dead[l] == 0 and b.excluded[l] >= 0:
                 (<floating*>b.out[l])[<Py_ssize_t>b.excluded[l]] = <floating>b.at_excluded[l]
@@ -145,21 +150,24 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
 
 cdef void block_softmax(Block* b, floating compute) noexcept nogil:
     cdef bint logarithm = b.problem.operation == LOG_SOFTMAX
+    # A probability has lost digits only beside one near 1, and of few classes none that matter.
+    cdef double confident = 2.0 if logarithm else 1.125 if b.work.classes > FEW_CLASSES else 0.0
     cdef int l
     b.work.has_class_term = False
-    b.want_log_total = logarithm
+    b.want_log_total = confident > 0
     b.work.weight = NULL
-    block_state[floating](b, logarithm, 0)
+    block_state[floating](b, confident, 0)
     for l in range(b.lanes):
         b.scale[l] = 1.0 / (b.total[l] + b.of_excluded[l])
         b.unit[l] = 0
-        b.at_excluded[l] = 0                  # nobody's: no class is left out
+        b.at_excluded[l] = b.of_excluded[l] * b.scale[l]
     if logarithm:
         for l in range(b.lanes):
             b.unit[l] = log_total_of(b, l)
         block_entries[floating](b, LOG_SOFTMAX, b.scale, b.unit, 0)
     else:
         block_gradient[floating](b, SOFTMAX, 0)
+        put_excluded[floating](b, 0)
 
 
 cdef void block_backward(Block* b, floating compute) noexcept nogil:
