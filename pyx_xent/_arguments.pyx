@@ -12,6 +12,7 @@ import numpy as np
 from . import _threads
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
@@ -51,7 +52,6 @@ cdef object float32 = np.dtype(np.float32)
 cdef object float64 = np.dtype(np.float64)
 cdef object int64 = np.dtype(np.int64)
 cdef object uint64 = np.dtype(np.uint64)
-cdef object LARGEST_INT64 = np.uint64(2**63 - 1)
 # How pyx_xent.torch passes bfloat16, which NumPy lacks, without ml_dtypes.
 bfloat16_bits = np.dtype(np.uint16, metadata={"pyx_xent": "bfloat16"})
 
@@ -62,11 +62,28 @@ cdef Py_ssize_t KEPT_CLASSES = 1 << 20
 # So many classes of a row are worth waking threads for.
 cdef Py_ssize_t CLASSES_WORTH_SHARING = 4 * SEGMENT
 cdef Py_ssize_t LABELS_AT_ONCE = 512
+# Elements that are copied before Ctrl-C is heard.
+cdef Py_ssize_t COPIED_AT_ONCE = 1 << 24
 
 
 cdef cnp.ndarray new_array(Py_ssize_t size, int kind):
     cdef cnp.npy_intp length = size
     return cnp.PyArray_SimpleNew(1, &length, kind)
+
+
+cdef cnp.ndarray copied(cnp.ndarray array, object dtype):
+    """In C order, in `dtype`, which holds all its values or their bits."""
+    cdef Py_ssize_t total = cnp.PyArray_SIZE(array), first, size
+    if total <= COPIED_AT_ONCE:
+        return np.array(array, dtype, order="C", subok=False)
+    result = np.empty((<object>array).shape, dtype)
+    axis = int(np.argmax((<object>array).shape))
+    to, read = np.moveaxis(result, axis, 0), np.moveaxis(array, axis, 0)
+    size = max(<Py_ssize_t>1, COPIED_AT_ONCE // (total // <Py_ssize_t>len(to)))
+    for first in range(0, len(to), size):
+        to[first : first + size] = read[first : first + size]
+        PyErr_CheckSignals()
+    return result
 
 
 # One argument
@@ -107,7 +124,7 @@ cdef cnp.ndarray as_floating(object value, str name):
 def floating(value, str name):
     """An array of float32, float64, float16 or bfloat16 in the byte order of the machine; TypeError if `value` is none."""
     cdef cnp.ndarray array = as_floating(value, name)
-    return array if array.dtype.isnative else array.astype(native_dtype(array))
+    return array if array.dtype.isnative else copied(array, native_dtype(array))
 
 
 cdef cnp.ndarray as_real(object value, str name):
@@ -256,7 +273,7 @@ cdef inline uint64_t is_not(uint64_t a, uint64_t b) noexcept nogil:
 cdef Py_ssize_t copy_labels(
     const int64_t* target, Py_ssize_t n, Py_ssize_t classes, int64_t ignored,
     int64_t* label,                           # out  (n,)  the copy; may be `target`
-    Py_ssize_t* live,                         # out  how many are neither ignored nor bad
+    Py_ssize_t* live,                         # in/out   how many are neither ignored nor bad
 ) noexcept nogil:
     # -> how many are bad. Without a branch, so in vectors: on uint64, where a difference wraps and its top bit is its sign.
     cdef uint64_t y, valid, other, lives = 0, others = 0
@@ -271,7 +288,7 @@ cdef Py_ssize_t copy_labels(
             other = is_not(y, <uint64_t>ignored)
             lives += valid & other
             others += other
-    live[0] = <Py_ssize_t>lives
+    live[0] += <Py_ssize_t>lives
     return <Py_ssize_t>(others - lives)
 
 
@@ -279,34 +296,36 @@ cdef Py_ssize_t checked_labels(Call call, cnp.ndarray target, Py_ssize_t classes
     # Puts a private copy of the class indices, checked, into `call`; -> how many are not ignored.
     # in   target      any shape, any integer dtype; read exactly once
     cdef cnp.ndarray flat
-    cdef object exact = None                      # the labels, where int64 cannot hold them
     cdef const int64_t* read
     cdef int64_t* label
-    cdef Py_ssize_t n = cnp.PyArray_SIZE(target), i, live = 0
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(target), first, size, i, live = 0, bad = 0
+    cdef bint is_uint64 = cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8
     if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
         raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
     if cnp.PyArray_TYPE(target) == cnp.NPY_INT64 and cnp.PyArray_ISCARRAY_RO(target):
         flat = new_array(n, cnp.NPY_INT64)
         read = <const int64_t*>cnp.PyArray_DATA(target)
-    elif cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8:
-        exact = np.array(target, uint64, order="C").reshape(-1)
-        flat = exact.astype(int64)
-        # What int64 cannot hold is neither valid nor ignore_index; a label that is neither stands in for it.
-        flat[exact > LARGEST_INT64] = classes if ignored != classes else classes + 1
-        read = <const int64_t*>cnp.PyArray_DATA(flat)
     else:
-        flat = np.array(target, int64, order="C").reshape(-1)
+        flat = copied(target, int64).reshape(-1)
         read = <const int64_t*>cnp.PyArray_DATA(flat)
     n = cnp.PyArray_SIZE(flat)
     label = <int64_t*>cnp.PyArray_DATA(flat)
-    if copy_labels(read, n, classes, ignored, label, &live) > 0:
+    for first from 0 <= first < n by COPIED_AT_ONCE:
+        size = min(COPIED_AT_ONCE, n - first)
+        bad += copy_labels(read + first, size, classes, ignored, label + first, &live)
+        if n > COPIED_AT_ONCE:
+            PyErr_CheckSignals()
+    if is_uint64:
+        for i in range(n):                        # what int64 cannot hold is negative now, and may look like ignore_index
+            bad += label[i] < 0
+    if bad > 0:
         for i in range(n):
-            if label[i] != ignored and not 0 <= label[i] < classes:
+            if (label[i] != ignored or (is_uint64 and label[i] < 0)) and not 0 <= label[i] < classes:
                 break
         indices = ", ".join(str(k) for k in np.unravel_index(i, (<object>target).shape)) if target.ndim else None
         where = "target" if indices is None else f"target[{indices}]"
         raise IndexError(
-            f"Target {int((flat if exact is None else exact)[i])} is out of bounds. ({where}; "
+            f"Target {(<object>flat).view(uint64 if is_uint64 else int64)[i]} is out of bounds. ({where}; "
             f"valid range is [0, {classes}) or ignore_index={ignored})"
         )
     if live < n:
@@ -361,7 +380,7 @@ cdef cnp.ndarray readable(cnp.ndarray array, int axis):
     cdef ClassArray description
     if describe(array, axis, &description):
         return array
-    return np.array(array, native_dtype(array), order="C", subok=False)
+    return copied(array, native_dtype(array))
 
 
 cdef bint overlaps_itself(cnp.ndarray array):

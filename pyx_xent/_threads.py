@@ -28,23 +28,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _cgroup_cpus():
-    """The CPU quota of this process's cgroup (version 2) and of those above it, rounded up; None if there is none."""
-    try:
-        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-    except OSError:
-        return None
-    smallest = None
-    folder = Path("/sys/fs/cgroup", path.lstrip("/"))
-    for level in (folder, *folder.parents):
+def _quota(folder):
+    """CPUs that a cgroup may use, rounded up, by version 2 or 1; None if it sets no limit."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            quota, period = (level / "cpu.max").read_text().split()
+            quota, period = " ".join((folder / name).read_text() for name in files).split()
         except (OSError, ValueError):
             continue
-        if quota != "max":
-            cpus = max(1, math.ceil(int(quota) / int(period)))
-            smallest = cpus if smallest is None else min(smallest, cpus)
-    return smallest
+        if quota not in ("max", "-1"):
+            return max(1, math.ceil(int(quota) / int(period)))
+    return None
+
+
+def _cgroup_cpus(groups=Path("/proc/self/cgroup"), mounted=Path("/sys/fs/cgroup")):
+    """The smallest CPU quota of this process's cgroups and of those above them; None if there is none."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = mounted / controllers / path.lstrip("/")
+        found += [_quota(level) for level in (folder, *folder.parents) if level.is_relative_to(mounted)]
+    return min((cpus for cpus in found if cpus), default=None)
 
 
 _CGROUP_CPUS = _cgroup_cpus()

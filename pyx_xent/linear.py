@@ -8,7 +8,7 @@ Memory of its own is a buffer of `chunk_bytes` for logits, and PART_BYTES beside
 gradient with respect to linear_weight, too.
 """
 
-import concurrent.futures
+import _thread
 import math
 import operator
 
@@ -261,6 +261,48 @@ def _neighbours(places):
     return slice(places[0], places[-1] + 1) if places[-1] - places[0] + 1 == len(places) else places
 
 
+def _on_threads(function, parts):
+    """function(part) for each part, on up to as many threads. This one waits only for what another has begun.
+
+    A thread for which there is no memory may be started and yet run nothing; threading.Thread.start() would wait for it for
+    ever, and so would an executor.
+    """
+    errors = [None] * len(parts)
+    waiting = list(range(len(parts)))
+    locks = [_thread.allocate_lock() for _ in parts[1:]]
+
+    def work():
+        while True:
+            try:
+                k = waiting.pop()
+            except IndexError:
+                return
+            try:
+                function(parts[k])
+            except BaseException as error:
+                errors[k] = error
+                waiting.clear()
+
+    def help_out(lock):
+        with lock:
+            work()
+
+    try:
+        for lock in locks:
+            _thread.start_new_thread(help_out, (lock,))
+    except (RuntimeError, MemoryError):
+        pass  # without it
+    try:
+        work()
+    finally:
+        waiting.clear()  # a helper that begins only now finds nothing to do
+        for lock in locks:
+            lock.acquire()
+    for error in errors:
+        if error is not None:
+            raise error
+
+
 class Problem:
     """The checked arguments, and what is done with some rows between the products."""
 
@@ -344,11 +386,7 @@ class Problem:
         def finish(part):
             self._finish(rows[part], logits[part], want_gradient)
 
-        if len(parts) == 1:
-            finish(parts[0])
-        else:
-            with concurrent.futures.ThreadPoolExecutor(len(parts)) as threads:
-                list(threads.map(finish, parts))
+        _on_threads(finish, parts)
         return hidden, logits
 
     @np.errstate(all="ignore")

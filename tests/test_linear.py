@@ -1,6 +1,7 @@
 """SPEC S39: linear_cross_entropy is cross_entropy of explicit logits, and its gradients are those of the products."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -174,6 +175,31 @@ def test_threads_change_no_bits_of_the_loss(rng, dtype, many_threads):
     assert one[0] == four[0]
     for a, b in zip(one[1], four[1], strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def no_memory_for_a_thread(function, arguments):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("start", [no_memory_for_a_thread, lambda function, arguments: 1], ids=["refused", "never runs"])
+def test_threads_that_do_not_start_are_not_waited_for(rng, monkeypatch, many_threads, start):
+    hidden, weight, bias, target = problem(rng, np.float32, (64,))
+    expected = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias)
+    monkeypatch.setattr(linear._thread, "start_new_thread", start)
+    found = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias)
+    assert found[0] == expected[0]
+    for one, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_error_of_a_thread_comes_back():
+    def fail(part):
+        if part == 2:
+            raise KeyError(part)
+        time.sleep(0.01)
+
+    with pytest.raises(KeyError):
+        linear._on_threads(fail, [0, 1, 2, 3])
 
 
 def test_numbers_beyond_the_range_bring_no_warnings(rng, dtype):

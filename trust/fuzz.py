@@ -402,10 +402,10 @@ def describe(seed, isa, call):
 
 
 @contextmanager
-def many_threads():
-    """Small calls get up to four threads, too."""
+def many_threads(most=4):
+    """Small calls get up to so many threads, too, however few processors there are."""
     before = _threads.ELEMENTS_WORTH_A_THREAD, _threads.available
-    _threads.ELEMENTS_WORTH_A_THREAD, _threads.available = 64, lambda: (4, "the fuzzer")
+    _threads.ELEMENTS_WORTH_A_THREAD, _threads.available = 64, lambda: (most, "trust")
     try:
         yield
     finally:

@@ -55,7 +55,7 @@ def run(folder, calls):
     """{what is wrong: the last line that the fuzzer said, or None if it found nothing}"""
     folder = Path(folder)
     build.copy(folder)
-    build.replace(folder / "setup.py", *build.ONLY_AVX2)
+    build.only(folder, "avx2")
     build.build_with_sanitizers(folder)
     if said := fuzz(folder, calls):
         raise SystemExit(f"the fuzzer finds something where nothing was planted: {said}")

@@ -286,7 +286,7 @@ cdef void guess_reference(Block* b, floating compute) noexcept nogil:
 cdef void block_state(
     Block* b,
     double confident,                         # in   a row without excluded class whose sum is below this times its largest
-    floating compute,                         #      term leaves that one out, so that the others keep their digits beside it
+    floating compute,                         #      term leaves that one out: the others keep their digits; 0: no row does
 ) noexcept nogil:
     # maximum and total. One pass over memory, with a reference guessed from the row's start and its target; a second one is
     # rare.
@@ -317,6 +317,8 @@ cdef void block_state(
     if not b.work.across:
         find_excluded_logits[floating](b, 0)
     exponentials_of_state[floating](b, 0)
+    if confident == 0:
+        return
     for l in range(b.lanes):
         without[l] = -1.0
         skip[l] = 1

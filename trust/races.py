@@ -1,0 +1,97 @@
+"""Many callers under clang's ThreadSanitizer, and whether it sees races that are planted.
+
+gcc's OpenMP runtime is invisible to the sanitizer; LLVM's tells it, through Archer, what its threads wait for. The kernels are
+those of the baseline, because the sanitizer does not look at accesses of 32 and 64 bytes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from . import build
+
+CLANG = "clang-19"
+SANITIZE = "-fsanitize=thread -shared-libsan"
+BATCH, WORK = "pyx_xent/_kernels/batch.pxi", "pyx_xent/_kernels/work.pxi"
+PLANTED = {  # what: [(file, right, wrong), ...]
+    "all threads share a scratch": [(BATCH, "size, end), threadid())", "size, end), 0)")],
+    "segments of a row share a sum": [(WORK, "segment, p.parts + 2 * segment, row, 0)", "segment, p.parts, row, 0)")],
+    "segments write into the first one": [
+        (
+            WORK,
+            "    memcpy(out, begin, head * sizeof(floating))\n",
+            "    memcpy(out, begin, head * sizeof(floating))\n    if segments_of(work.classes) > 1:\n"
+            "        memcpy(work.out, out, (size % 7 + 1) * sizeof(floating))\n",
+        )
+    ],
+    "callers share a scratch": [
+        (BATCH, "    cdef double small[SMALL_SCRATCH + 8]\n", ""),
+        (BATCH, "def run(Call call):", "cdef double small[SMALL_SCRATCH + 8]\n\n\ndef run(Call call):"),
+    ],
+}
+CODE = """
+import sys
+from pyx_xent import _runtime
+from trust import callers
+assert _runtime.OPENMP and _runtime.openmp_max_threads() == 4  # which wakes OpenMP
+maps = open("/proc/self/maps").read()
+assert all(name in maps for name in ("libomp.so", "libarcher.so", "clang_rt.tsan")) and "libgomp" not in maps
+print(callers.run(4, float(sys.argv[1])))
+"""
+
+
+def path_of(library):
+    found = Path(subprocess.check_output([CLANG, f"-print-file-name={library}"], text=True).strip())
+    if not found.is_absolute():
+        raise SystemExit(f"{library} of {CLANG} is not installed")
+    return found
+
+
+def build_with_sanitizer(folder):
+    build.build(
+        folder, CC=CLANG, LDSHARED=f"{CLANG} -shared {SANITIZE}", CFLAGS=f"-g1 -fno-omit-frame-pointer {SANITIZE}",
+        LDFLAGS=SANITIZE,
+    )  # fmt: skip
+
+
+def run(folder, seconds, stop_at_first=False):
+    """(reports, what callers.run() printed)"""
+    suppressions = folder / "suppressions.txt"
+    suppressions.write_text("called_from_lib:libomp.so\n")  # what it does with memory of its own
+    options = f"suppressions={suppressions.resolve()} exitcode=0 halt_on_error={int(stop_at_first)}"
+    archer = path_of("libarcher.so")
+    environment = {
+        **os.environ, "LD_PRELOAD": str(path_of("libclang_rt.tsan-x86_64.so")), "TSAN_OPTIONS": options,
+        "OMP_TOOL_LIBRARIES": str(archer), "OMP_NUM_THREADS": "4", "KMP_BLOCKTIME": "0", "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": ".",
+    }  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, str(seconds)], cwd=folder, env=environment, capture_output=True, text=True,
+        timeout=1500, check=False,
+    )  # fmt: skip
+    reports = result.stderr.count("WARNING: ThreadSanitizer")
+    if not reports and result.returncode:
+        raise SystemExit(f"callers under ThreadSanitizer ended with {result.returncode}:\n{result.stderr[-3000:]}")
+    return reports, result.stdout, result.stderr
+
+
+def prepare(folder):
+    build.copy(folder)
+    build.only(folder, "baseline")
+
+
+def planted(folder, seconds):
+    """{what is wrong: whether it was seen}"""
+    found = {}
+    for what, changes in PLANTED.items():
+        before = {name: (folder / name).read_bytes() for name, _, _ in changes}
+        for name, right, wrong in changes:
+            build.replace(folder / name, right, wrong)
+        try:
+            build_with_sanitizer(folder)
+            found[what] = run(folder, seconds, stop_at_first=True)[0] > 0
+        finally:
+            for name, text in before.items():
+                (folder / name).write_bytes(text)
+    return found
