@@ -6,7 +6,7 @@ TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
 BASELINE := file://./.benchmarks/baseline
 SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
 
-.PHONY: demo test bench bench-quick bench-save bench-compare asan lint clean
+.PHONY: demo test bench bench-quick bench-save bench-compare asan trust lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -33,11 +33,21 @@ bench-compare: $(VENV)/bench
 	@ls .benchmarks/baseline/*/*.json >/dev/null 2>&1 || { echo 'Nothing to compare with: run "make bench-save" first.'; exit 1; }
 	$(TIMED) -m "quick and ours" --benchmark-compare --benchmark-compare-fail=min:15% --benchmark-storage=$(BASELINE)
 
-# The fuzzer and the tests with gcc's sanitizers, then bugs that the fuzzer has to find.
-asan: $(VENV)/test
-	$(BIN)/python -m pip install --quiet "cython>=3.1" "setuptools>=77"
-	$(BIN)/python -m trust sanitize
+# The fuzzer, many callers and the tests with gcc's sanitizers, then bugs that the fuzzer has to find.
+asan: $(VENV)/trust
+	$(BIN)/python -m trust sanitize --calls 100000
 	$(BIN)/python -m trust plant
+
+# All of trust/, in about an hour and a half, and TRUST.md of what it found. It uses what is installed beforehand of PyTorch,
+# and a free-threaded Python where there is one.
+CHECKS := accuracy exp bits sanitize plant valgrind races interrupts forks callers limits imports emulate sizes memory
+FREE_THREADED ?= $(shell command -v python3.14t || command -v python3.13t)
+trust: $(VENV)/trust
+	@for tool in valgrind qemu-x86_64 clang-19; do command -v $$tool >/dev/null || \
+	{ echo "$$tool is missing. Debian: apt install gcc valgrind qemu-user clang-19 libomp-19-dev"; exit 1; }; done
+	set -e; for check in $(CHECKS); do $(BIN)/python -m trust $$check; done
+	$(BIN)/python -m trust free-threaded --python "$(FREE_THREADED)"
+	$(BIN)/python -m trust report
 
 lint: $(VENV)/test
 	$(BIN)/python -m pip install --quiet ruff
@@ -51,6 +61,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each extra: built again when a source is newer.
-$(VENV)/demo $(VENV)/test $(VENV)/bench: $(SOURCES) | $(BIN)/python
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/trust: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --editable ".[$(@F)]"
 	touch $@

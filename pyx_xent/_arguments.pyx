@@ -769,7 +769,7 @@ def cross_entropy(
     else:
         live = checked_labels(call, y, call.classes, ignored)
 
-    if out is not None or grad_out is not None:
+    if out is not None or grad_out is not None:       # an array of a class of the caller's runs code of the caller's here
         inputs = (x, y, weight, sample_weight, grad_output)
         names = NLL_INPUTS if nll else CROSS_ENTROPY_INPUTS
         if out is not None:
@@ -787,6 +787,7 @@ def cross_entropy(
             weights = np.array(weights, float64 if p.is_double else float32, order="C")
         finally:
             leave_environment(environment, NULL)
+        check_weight(weights, call.classes)       # again: now nobody else has it
         p.weight = cnp.PyArray_DATA(weights)
         call.weight = weights
     if call.reduction == MEAN:

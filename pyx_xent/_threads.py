@@ -72,8 +72,9 @@ def available():
         limits["CPUs"] = os.cpu_count() or 1
     if _CGROUP_CPUS is not None:
         limits["cgroup CPU quota"] = _CGROUP_CPUS
-    if _chosen is not None:
-        limits["set_num_threads"] = _chosen
+    chosen = _chosen  # read once: another thread may set it
+    if chosen is not None:
+        limits["set_num_threads"] = chosen
     reason = min(limits, key=limits.get)
     return limits[reason], reason
 

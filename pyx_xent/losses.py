@@ -25,9 +25,10 @@ class _Options:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._options.items())})"
 
     def _last_call(self):
-        if self._last is None:
+        last = self._last  # read once: another thread may call
+        if last is None:
             raise RuntimeError(f"{type(self).__name__}.backward() needs a call first: there is nothing to differentiate")
-        return self._last
+        return last
 
 
 class CrossEntropyLoss(_Options):

@@ -12,6 +12,7 @@ through PyTorch's dispatcher, which knows the rules for it. torch.func and forwa
 """
 
 import functools
+import math
 import threading
 import types
 import weakref
@@ -81,16 +82,16 @@ class _Memory:
     def forget(self):
         self._last = []
 
-    def array(self, count, dtype):
-        """(count,) that nobody else holds."""
-        size = count * dtype.itemsize
+    def array(self, shape, dtype):
+        """An array that nobody else holds. The caller must pass on this object and no view of it: see below."""
+        size = math.prod(shape) * dtype.itemsize
         try:
             buffer, held = self._last.pop()  # by one thread only
         except IndexError:
             buffer = None
         if buffer is None or buffer.nbytes != size or held() is not None:
             buffer = np.empty(size, np.uint8)
-        array = buffer.view(np.int16 if dtype is _arguments.bfloat16_bits else dtype)
+        array = buffer.view(np.int16 if dtype is _arguments.bfloat16_bits else dtype).reshape(shape)
         self._last = [(buffer, weakref.ref(array))] if size <= self.limit else []
         return array  # the very object that the storage of a tensor keeps: the buffer is free when it is gone
 
@@ -136,7 +137,7 @@ def _large_gradient(input):
     if dtype is None or input.numel() * dtype.itemsize < _Memory.LARGE:
         return None
     strides = torch.empty_like(input, device="meta").stride()
-    return torch.from_numpy(_memory.array(input.numel(), dtype)).view(input.dtype).as_strided(input.shape, strides)
+    return torch.from_numpy(_memory.array((input.numel(),), dtype)).view(input.dtype).as_strided(input.shape, strides)
 
 
 def _gradient_like(input):
@@ -561,7 +562,7 @@ def _linear_with_gradients(tensors, options, grad_output, needed):
     problem = _linear_problem(input, linear_weight, target, linear_bias, weight, options, upstream)
     dtype, places = problem.products.dtype, [None] * 3
     if needed[1] and linear_weight.numel() * dtype.itemsize >= _Memory.LARGE:
-        places[1] = _memory.array(linear_weight.numel(), dtype).reshape(linear_weight.shape)
+        places[1] = _memory.array(linear_weight.shape, dtype)
     wanted = [name for name, is_needed in zip(linear.GRADIENTS, needed, strict=True) if is_needed]
     call, found = linear.run_with_gradients(problem, places, wanted, dtype)
     return call, [None if gradient is None else torch.from_numpy(gradient) for gradient in found]

@@ -393,3 +393,18 @@ def test_an_argument_that_changes_a_shape_cannot_lead_outside_an_array(rng, name
         px.cross_entropy_with_grad(**arrays, **{name: Reshaping(changed, shape, value)})
     changed.shape = (64, 10)
     assert not arrays["grad_out"].any()
+
+
+def test_an_output_whose_class_changes_the_weight_cannot_lead_outside_it():
+    weight = np.ones(1000, np.float32)
+
+    class Out(np.ndarray):
+        def __array_function__(self, function, types, args, kwargs):
+            weight.dtype = np.float64
+            return super().__array_function__(function, types, args, kwargs)
+
+    out = np.full(8, 7, np.float32)[::2].view(Out)
+    with pytest.raises(ValueError, match="weight tensor"):
+        px.cross_entropy(np.zeros((4, 1000), np.float32), [0, 1, 998, 999], weight, reduction="none", out=out)
+    assert (np.asarray(out) == 7).all()
+    assert weight.shape == (500,)

@@ -374,3 +374,16 @@ def test_no_classes_and_no_features(dtype):
         hidden, weight = (torch.zeros(n, width, dtype=dtype, requires_grad=True) for n in (rows, classes))
         target = torch.zeros(rows, classes, dtype=dtype)
         assert_equal(both(fused, explicit, [hidden, weight, None, target]))
+
+
+def test_large_gradients_of_the_weight_add_up(generator):
+    """Above 4 MiB their memory is used again, but not while a parameter's .grad is in it."""
+    weight = torch.randn(5000, 256, generator=generator).requires_grad_()
+    target = torch.randint(5000, (40,), generator=generator)
+    batches = [torch.randn(40, 256, generator=generator) for _ in range(3)]
+    for hidden in batches:
+        ours.linear_cross_entropy(hidden, weight, target).backward()
+    found, weight.grad = weight.grad, None
+    for hidden in batches:
+        torch.nn.functional.cross_entropy(hidden @ weight.T, target).backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-6)

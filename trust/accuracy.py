@@ -12,7 +12,6 @@ import numpy as np
 import pyx_xent as px
 from pyx_xent import _dispatch
 
-
 BITS = 192
 REGIMES = {  # (standard deviation, constant, how far the target's logit lies above all others)
     "spread 1": (1, 0, None),

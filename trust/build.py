@@ -15,7 +15,6 @@ def only(folder, isa):
     replace(folder / "setup.py", "isas = list(ISA_FLAGS) if on_x86_64", f'isas = ["{isa}"] if on_x86_64')
 
 
-
 def copy(folder):
     """The sources alone, in a new folder."""
 
@@ -59,7 +58,8 @@ def under_sanitizers():
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps much to the end
+        # Python itself keeps much to the end; longer stacks for each of its allocations would take most of the time.
+        "ASAN_OPTIONS": "detect_leaks=0:malloc_context_size=4",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": ".",

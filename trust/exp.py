@@ -1,11 +1,15 @@
-"""The exponential of the kernels against the double one, for every float32 from -87 to 88."""
+"""The kernels' exponential against a wider one: of every float32 from -87 to 88, of many doubles, of NumPy's own test table."""
+
+from pathlib import Path
 
 import numpy as np
 
 from pyx_xent import _dispatch
 
 LOWEST, HIGHEST = -87.0, 88.0
+WIDEST = 700.0  # of doubles, on either side
 AT_ONCE = 1 << 22
+TABLE = Path(np.__file__).parent / "_core/tests/data/umath-validation-set-exp.csv"
 
 
 def blocks():
@@ -22,14 +26,42 @@ def units_in_the_last_place(found, exact):
     return np.abs(found.astype(exact.dtype) - exact) / np.ldexp(exact.dtype.type(1), exponent - np.finfo(found.dtype).nmant - 1)
 
 
-def worst(isa, first, end):
-    """(numbers, largest error in ULP, where)"""
-    x = np.arange(first, end, dtype=np.uint32).view(np.float32)
+def of(isa, x):
     out = np.empty_like(x)
     _dispatch.load(isa).exponentials(x, out)
-    error = units_in_the_last_place(out, np.exp(x.astype(np.float64)))
+    return out
+
+
+def worst_of(isa, x):
+    """(numbers, largest error in ULP, where)"""
+    wide = np.float64 if x.dtype == np.float32 else np.longdouble
+    error = units_in_the_last_place(of(isa, x), np.exp(x.astype(wide)))
     return len(x), float(error.max()), float(x[error.argmax()])
 
 
-def worst_of(job):
-    return worst(*job)
+def worst(job):
+    """Of a block of bit patterns of float32."""
+    isa, first, end = job
+    return worst_of(isa, np.arange(first, end, dtype=np.uint32).view(np.float32))
+
+
+def worst_double(job):
+    """Of as many doubles, half of them anywhere, half where logits are."""
+    isa, seed = job
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([rng.uniform(-WIDEST, WIDEST, AT_ONCE // 2), 10 * rng.standard_normal(AT_ONCE // 2)])
+    return worst_of(isa, x)
+
+
+def table(isa):
+    """The same of the numbers of NumPy's table, against its results; None where NumPy comes without it."""
+    if not TABLE.exists():
+        return None
+    found = {}
+    for name, bits, limits in (("float32", np.uint32, (LOWEST, HIGHEST)), ("float64", np.uint64, (-WIDEST, WIDEST))):
+        lines = [line.split(",") for line in TABLE.read_text().splitlines() if line.startswith(f"np.{name},")]
+        x, expected = (np.array([int(line[k], 16) for line in lines], bits).view(name) for k in (1, 2))
+        inside = (x >= limits[0]) & (x <= limits[1])
+        error = units_in_the_last_place(of(isa, x[inside]), expected[inside].astype(np.longdouble))
+        found[name] = int(inside.sum()), float(error.max())
+    return found

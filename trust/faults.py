@@ -1,4 +1,4 @@
-"""Calls without the memory they would need: each works or raises MemoryError with given outputs untouched, and all stays usable."""
+"""Calls without the memory they would need: each works or raises MemoryError with given outputs untouched, and all goes on."""
 
 import resource
 from collections import Counter

@@ -420,3 +420,7 @@ def run(count, seed):
             what = check(np.random.default_rng((*seed, k)), (*seed, k))
             found[what] = found.get(what, 0) + 1
     return found
+
+
+def job(arguments):
+    return run(*arguments)

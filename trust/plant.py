@@ -15,7 +15,7 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
     ("a label may be the number of classes", ARGUMENTS, "(y - <uint64_t>classes)) >> 63", "(y - <uint64_t>classes - 1)) >> 63"),
     ("labels are not checked", ARGUMENTS, "return <Py_ssize_t>(others - lives)", "return 0"),
     ("ignored labels are used as classes", ARGUMENTS, "    if live < n:\n", "    if False:\n"),
-    ("uint64 labels wrap", ARGUMENTS, "flat[exact > LARGEST_INT64] = classes if", "flat[exact > LARGEST_INT64] = 0 if"),
+    ("uint64 labels wrap", ARGUMENTS, "    if is_uint64:\n        for i", "    if False:\n        for i"),
     ("class weights may be too few", ARGUMENTS, "weight) != 1 or cnp.PyArray_DIM(weight, 0) != classes", "weight) != 1"),
     ("outputs may overlap themselves", ARGUMENTS, "        if stride < covered:", "        if False:"),
     ("outputs may overlap inputs", ARGUMENTS, "        if share_memory(array, inputs[k]):", "        if False:"),

@@ -280,9 +280,7 @@ def check_order(order):
         "import json, sys\nfor name in sys.argv[1:]: __import__(name)\n"
         "from trust import processes\nprint(json.dumps(processes.import_and_use(sys.argv[1:])))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, *order], capture_output=True, text=True, timeout=300, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code, *order], capture_output=True, text=True, timeout=300, check=False)
     text = f"importing {', '.join(order)}"
     if result.returncode:
         raise SystemExit(f"{text} ended with {result.returncode}:\n{result.stderr[-2000:]}")
