@@ -99,7 +99,30 @@ def test_public_names():
         assert getattr(px, name) is not None
 
 
+PERIOD = {"cpu,cpuacct/a/cpu.cfs_period_us": "100000"}  # of version 1
+
+
 class TestThreads:
+    @pytest.mark.parametrize(
+        ("lines", "files", "cpus"),
+        [
+            ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 2),
+            ("0::/a/b\n", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "50000 100000"}, 1),
+            ("3:cpuset:/x\n1:cpu,cpuacct:/a\n", {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", **PERIOD}, 3),
+            ("1:cpu,cpuacct:/a\n0::/\n", {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1", **PERIOD}, None),
+            ("1:cpu,cpuacct:/elsewhere\n", {}, None),
+            ("0::/a\n", {"a/cpu.max": "nonsense"}, None),
+        ],
+    )
+    def test_cgroup_quotas_of_both_versions(self, tmp_path, lines, files, cpus):
+        groups, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+        groups.write_text(lines)
+        for name, text in files.items():
+            (mounted / name).parent.mkdir(parents=True, exist_ok=True)
+            (mounted / name).write_text(text + "\n")
+        assert _threads._cgroup_cpus(groups, mounted) == cpus
+        assert _threads._cgroup_cpus(tmp_path / "none", mounted) is None
+
     def test_limits_are_kept(self, monkeypatch):
         monkeypatch.setattr(_threads._runtime, "openmp_max_threads", lambda: 64)
         monkeypatch.setattr(_threads, "_CGROUP_CPUS", 3)

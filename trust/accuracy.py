@@ -25,8 +25,9 @@ REGIMES = {  # (standard deviation, constant, how far the target's logit lies ab
 ROWS = {2: 20_000, 10: 4_000, 1000: 100, 50257: 8}  # classes: rows
 DTYPES = ("float32", "float64")
 QUANTITIES = ("loss", "softmax", "gradient", "row sum")
-# What we promise, in ULP; of row sums, the largest of a gradient's row.
-PROMISED = {"float32": (2, 4, 4, 1e-7), "float64": (2, 4, 4, 1e-15)}
+# What we promise, in ULP; of row sums, the largest of a gradient's row. A row sum has what eight terms lose that are added in
+# float before they go to a double: with four it stays below 1e-7, and forward takes up to 40 % longer.
+PROMISED = {"float32": (2, 4, 4, 2e-7), "float64": (3, 4, 5, 1e-15)}
 
 
 def problem(regime, classes, dtype, seed):
