@@ -297,7 +297,8 @@ def _on_threads(function, parts):
     finally:
         waiting.clear()  # a helper that begins only now finds nothing to do
         for lock in locks:
-            lock.acquire()
+            with lock:  # held by a helper as long as it works
+                pass
     for error in errors:
         if error is not None:
             raise error

@@ -1,5 +1,6 @@
 """SPEC S39: linear_cross_entropy is cross_entropy of explicit logits, and its gradients are those of the products."""
 
+import _thread
 import itertools
 import time
 
@@ -190,6 +191,17 @@ def test_threads_that_do_not_start_are_not_waited_for(rng, monkeypatch, many_thr
     assert found[0] == expected[0]
     for one, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_every_thread_ends(rng, many_threads):
+    hidden, weight, _, target = problem(rng, np.float32, (64,))
+    before = _thread._count()
+    for _ in range(50):
+        px.linear_cross_entropy_with_grad(hidden, weight, target)
+    end = time.monotonic() + 10
+    while _thread._count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert _thread._count() == before
 
 
 def test_the_first_error_of_a_thread_comes_back():
