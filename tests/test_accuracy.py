@@ -166,5 +166,5 @@ def test_exponentials(isa, rng, kind):
     _dispatch.load(isa).exponentials(x, out)
     exact = np.exp(x.astype(np.longdouble))
     error = exp.units_in_the_last_place(out, exact)
-    assert error.max() <= (1.0 if isa != "baseline" else 1.2)
+    assert error.max() <= exp.PROMISED[isa]
     assert error.max() > 0.5

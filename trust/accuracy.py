@@ -12,6 +12,8 @@ import numpy as np
 import pyx_xent as px
 from pyx_xent import _dispatch
 
+from .exp import unit_in_the_last_place
+
 BITS = 192
 REGIMES = {  # (standard deviation, constant, how far the target's logit lies above all others)
     "spread 1": (1, 0, None),
@@ -57,12 +59,7 @@ class Exact:
         exact = self.values.astype(wide) + self.rest
         normal = np.abs(self.values) >= np.finfo(found.dtype).tiny
         difference = np.abs((found.astype(wide) - self.values) - self.rest)
-        return float((difference[normal] / units_in_the_last_place_at(exact[normal], found.dtype)).max(initial=0))
-
-
-def units_in_the_last_place_at(exact, dtype):
-    _, exponent = np.frexp(exact)
-    return np.ldexp(exact.dtype.type(1), exponent - np.finfo(dtype).nmant - 1)
+        return float((difference[normal] / unit_in_the_last_place(exact[normal], found.dtype)).max(initial=0))
 
 
 def split(number):
@@ -173,3 +170,34 @@ def measure(job):
 
 def jobs(seed):
     return [(regime, classes, dtype, seed) for dtype in DTYPES for classes in ROWS for regime in REGIMES]
+
+
+def summary(measured, dtype):
+    """(what was done, what was found) for {job: errors of each}; SystemExit where more was promised."""
+    of_dtype = {job: one["pyx_xent"] for job, one in measured.items() if job[2] == dtype}
+    worst = [max(column) for column in zip(*of_dtype.values(), strict=True)]
+    *ulps, row_sum = (f"{what} {number:.2g}" for what, number in zip(QUANTITIES, worst, strict=True))
+    told = f"at most {', '.join(ulps)} ULP, {row_sum}"
+    if any(error > promised for error, promised in zip(worst, PROMISED[dtype], strict=True)):
+        raise SystemExit(f"{dtype}: {told}; promised {PROMISED[dtype]}")
+    rows = sum(ROWS[classes] for _, classes, _, _ in of_dtype)
+    return f"{dtype}, {rows:,} rows of {len(of_dtype)} kinds, all instruction sets", told
+
+
+NOTE = (
+    "Loss of each row, softmax, gradient of the sum of the losses: largest error in units in the last place, against Arb "
+    "(python-flint). Row sum: the largest sum of a gradient's row, which is exactly 0. pyx_xent: the worst of its instruction "
+    "sets. spread: standard deviation of normal logits; offset: added to them (spread 5); gap: the target's logit above all "
+    "others (spread 1). SciPy has softmax and log_softmax, from which the others were made. Results that are no normal numbers "
+    "do not count."
+)
+
+
+def table(measured):
+    """Cells, with NOTE for below."""
+    names = list(next(iter(measured.values())))
+    lines = [[f"ULP: {' / '.join(QUANTITIES[:3])}, {QUANTITIES[3]}", *names]]
+    for (regime, classes, dtype, _), one in measured.items():
+        cells = (f"{' / '.join(f'{number:.2g}' for number in one[name][:3])}, {one[name][3]:.1g}" for name in names)
+        lines.append([f"{dtype}, {classes:,} classes, {regime}", *cells])
+    return lines

@@ -32,8 +32,9 @@ CASES = {  # what: (code that makes arrays, the call)
     ),
 }  # fmt: skip
 WORKER = """
-import sys
+import signal
 import numpy as np, pyx_xent as px
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without
 full = lambda shape, dtype: np.full(shape, 1, dtype)
 {}
 while True:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -51,12 +52,12 @@ def run(check, arguments):
     finding = check.run(arguments)
     for what, found in finding.lines:
         print(f"{what}: {found}")
-    command = " ".join(["python -m trust", check.name, *(f"--{name} {getattr(arguments, name)}" for name in check.options)])
+    options = {name: getattr(arguments, name) for name in [*check.options, "seed"]}
+    told = (f"--{name.replace('_', '-')} {os.path.basename(str(value))}" for name, value in options.items() if value != "")
     FOLDER.mkdir(parents=True, exist_ok=True)
     kept = {
         **asdict(finding),
-        "promise": check.promise,
-        "command": f"{command} --seed {arguments.seed}",
+        "command": " ".join(["python -m trust", check.name, *told]),
         "seconds": round(time.monotonic() - start),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
