@@ -93,7 +93,7 @@ cdef void block_cross_entropy(Block* b, floating compute) noexcept nogil:
     if p.have_state:
         take_state[floating](b, 0)
     else:
-        block_state[floating](b, 2, 0)
+        block_state[floating](b, 2.0 if soft else 0.0, 0)
         if p.row_max != NULL:
             give_state(b)
     for l in range(b.lanes):
