@@ -40,7 +40,7 @@ asan: $(VENV)/trust
 
 # All of trust/, in about an hour and a half, and TRUST.md of what it found. It uses what is installed beforehand of PyTorch,
 # and a free-threaded Python where there is one.
-CHECKS := accuracy exp bits sanitize plant valgrind races interrupts forks callers limits imports emulate sizes memory
+CHECKS := accuracy exp bits fuzz sanitize plant valgrind races interrupts forks callers limits imports emulate sizes memory
 FREE_THREADED ?= $(shell command -v python3.14t || command -v python3.13t)
 trust: $(VENV)/trust
 	@for tool in valgrind qemu-x86_64 clang-19; do command -v $$tool >/dev/null || \

@@ -37,7 +37,9 @@ from .results import Check, Finding
 AT_ONCE = 500  # calls of a job
 FOLDER = Path("build/trust")
 # Tests that start processes or load libraries that are not built for a sanitizer, and one that its memory would fail.
-NOT_SANITIZED = [f"--ignore-glob=tests/test_{name}*.py" for name in ("build", "benchmarks", "docs", "environment", "torch")]
+NOT_SANITIZED = [
+    f"--ignore-glob=tests/test_{name}*.py" for name in ("build", "benchmarks", "docs", "environment", "torch", "trust")
+]
 NOT_SANITIZED.append("--deselect=tests/test_linear.py::test_logits_are_never_one_array")
 
 

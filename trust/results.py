@@ -68,7 +68,7 @@ def run(check, arguments):
 def machine():
     return {
         "processor": cpu_name(),
-        "system": platform.platform(),
+        "system": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]),
         "Python": platform.python_version(),
         **{name: number for name, number in versions().items() if number},
         **{tool: told for tool, command in TOOLS.items() if (told := first_line(command))},
