@@ -201,7 +201,7 @@ def test_every_thread_ends(rng, many_threads):
     end = time.monotonic() + 10
     while _thread._count() > before and time.monotonic() < end:
         time.sleep(0.01)
-    assert _thread._count() == before
+    assert _thread._count() <= before  # those of earlier tests may have ended meanwhile
 
 
 def test_the_first_error_of_a_thread_comes_back():
