@@ -310,7 +310,7 @@ cdef Py_ssize_t checked_labels(Call call, cnp.ndarray target, Py_ssize_t classes
         read = <const int64_t*>cnp.PyArray_DATA(flat)
     n = cnp.PyArray_SIZE(flat)
     if n != call.rows:                            # another thread has set the dtype of `target` since
-        raise ValueError("the shape of an array has changed since it was checked")
+        raise ValueError(f"target has changed since its shape was checked: expected {call.rows} labels, got {n}")
     label = <int64_t*>cnp.PyArray_DATA(flat)
     for first from 0 <= first < n by COPIED_AT_ONCE:
         size = min(COPIED_AT_ONCE, n - first)

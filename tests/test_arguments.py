@@ -408,3 +408,16 @@ def test_an_output_whose_class_changes_the_weight_cannot_lead_outside_it():
         px.cross_entropy(np.zeros((4, 1000), np.float32), [0, 1, 998, 999], weight, reduction="none", out=out)
     assert (np.asarray(out) == 7).all()
     assert weight.shape == (500,)
+
+
+def test_a_target_whose_dtype_changes_during_the_call_cannot_be_too_short(monkeypatch):
+    target, copy = np.zeros(4, np.int32), np.array
+
+    def another_thread_first(value, *args, **kwargs):
+        if value is target:
+            target.dtype = np.int64
+        return copy(value, *args, **kwargs)
+
+    monkeypatch.setattr(np, "array", another_thread_first)
+    with pytest.raises(ValueError, match="target has changed since its shape was checked: expected 4 labels, got 2"):
+        px.cross_entropy(np.zeros((4, 3), np.float32), target)
