@@ -29,9 +29,9 @@ def load(files):
     return machine, [benchmark for group in found.values() for benchmark in group]
 
 
-def markdown_table(headings, lines):
+def markdown_table(headings, lines, numbers=True):
     yield "| " + " | ".join(headings) + " |"
-    yield "|---" + "|---:" * (len(headings) - 1) + "|"
+    yield "|---" + ("|---:" if numbers else "|---") * (len(headings) - 1) + "|"
     for cells in lines:
         yield "| " + " | ".join(cells) + " |"
 

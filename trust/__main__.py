@@ -152,7 +152,7 @@ def run_races(arguments):
     if not all(planted.values()):
         raise SystemExit(f"planted races that were not seen: {[what for what, seen in planted.items() if not seen]}")
     return Finding([
-        (f"ThreadSanitizer of clang with LLVM's OpenMP: {told.strip()}", "no report"),
+        (f"ThreadSanitizer of clang with LLVM's OpenMP: {told}", "no report"),
         ("races planted, which it must see", f"{len(planted)} of {len(planted)}"),
     ])  # fmt: skip
 
@@ -162,14 +162,14 @@ def run_races(arguments):
 
 def run_callers(arguments):
     counts, samples = callers.run(arguments.callers, arguments.seconds)
-    told = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+    calls = callers.told(counts)
     memory, tasks = zip(*samples, strict=True)
     half = len(memory) // 2
     before, after = max(memory[:half]), max(memory[half:])
     if arguments.seconds >= 30 and after > 1.05 * before + 20:
         raise SystemExit(f"memory grows: {before:.0f} MB, then {after:.0f} MB")
     return Finding([
-        (f"{arguments.callers} Python threads for {arguments.seconds} s: {told}", "each with the bits of a single caller"),
+        (f"{arguments.callers} Python threads for {arguments.seconds} s: {calls}", "each with the bits of a single caller"),
         ("their memory, largest of the first and of the second half", f"{before:.0f} MB, {after:.0f} MB"),
         ("their threads, OpenMP's included", f"{min(tasks)} to {max(tasks)}"),
     ])  # fmt: skip
@@ -196,7 +196,7 @@ def run_forks(arguments):
 
 def run_limits(arguments):
     return Finding([
-        (what, "could not be tried: " + reason if threads is None else f"{threads} threads, same bits ({reason})")
+        (what, "could not be tried: " + reason if threads is None else f"threads: {threads} ({reason}), same bits")
         for what, (threads, reason) in processes.limits().items()
     ])  # fmt: skip
 

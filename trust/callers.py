@@ -67,6 +67,10 @@ def usage():
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/task"))
 
 
+def told(counts):
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
+
+
 def run(callers, seconds):
     """{what: how often}, and [(MB, threads), ...] over the time; AssertionError where bits differ."""
     data = {(dtype, shape): arrays(dtype, shape) for dtype in DTYPES for shape in SHAPES}

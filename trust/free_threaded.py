@@ -31,7 +31,7 @@ import sys
 from trust import callers
 counts, _ = callers.run({callers}, {seconds})
 assert not sys._is_gil_enabled()
-print(", ".join(f"{{count:,}} {{what}}" for what, count in counts.items()))
+print(callers.told(counts))
 """
 
 

@@ -37,7 +37,7 @@ from trust import callers
 assert _runtime.OPENMP and _runtime.openmp_max_threads() == 4  # which wakes OpenMP
 maps = open("/proc/self/maps").read()
 assert all(name in maps for name in ("libomp.so", "libarcher.so", "clang_rt.tsan")) and "libgomp" not in maps
-print(callers.run(4, float(sys.argv[1])))
+print("4 Python threads:", callers.told(callers.run(4, float(sys.argv[1]))[0]))
 """
 
 
@@ -56,7 +56,7 @@ def build_with_sanitizer(folder):
 
 
 def run(folder, seconds, stop_at_first=False):
-    """(reports, what callers.run() printed)"""
+    """(how many reports, which calls were made, the reports)"""
     suppressions = folder / "suppressions.txt"
     suppressions.write_text("called_from_lib:libomp.so\n")  # what it does with memory of its own
     options = f"suppressions={suppressions.resolve()} exitcode=0 halt_on_error={int(stop_at_first)}"
@@ -73,7 +73,7 @@ def run(folder, seconds, stop_at_first=False):
     reports = result.stderr.count("WARNING: ThreadSanitizer")
     if not reports and result.returncode:
         raise SystemExit(f"callers under ThreadSanitizer ended with {result.returncode}:\n{result.stderr[-3000:]}")
-    return reports, result.stdout, result.stderr
+    return reports, result.stdout.strip(), result.stderr
 
 
 def prepare(folder):

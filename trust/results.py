@@ -115,7 +115,7 @@ def page(checks):
         yield f"\n## {promise}. {title}\n"
         lines = [(what, told, f"`{one['command']}`") for one in of_promise.values() if one for what, told in one["lines"]]
         lines += [(f"`python -m trust {name}`", "not run", "") for name, one in of_promise.items() if not one]
-        yield from markdown_table(("what", "found", "command"), lines)
+        yield from markdown_table(("what", "found", "command"), lines, numbers=False)
         for one in of_promise.values():
             if one and one["table"]:
                 yield ""
