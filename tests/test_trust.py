@@ -39,7 +39,7 @@ def add_a_digit(result, arguments, options):
 
 
 def write_into_the_logits(result, arguments, options):
-    if options["logits"].size and options.get("grad_out") is None:
+    if options["logits"].size and options["logits"].flags.writeable and options.get("grad_out") is None:
         options["logits"].flat[0] = 0
 
 
