@@ -38,7 +38,7 @@ asan: $(VENV)/trust
 	$(BIN)/python -m trust sanitize --calls 100000
 	$(BIN)/python -m trust plant
 
-# All of trust/, in about an hour and a half, and TRUST.md of what it found. It uses what is installed beforehand of PyTorch,
+# All of trust/, in about an hour, and TRUST.md of what it found. It uses what is installed beforehand of PyTorch,
 # and a free-threaded Python where there is one.
 CHECKS := accuracy exp bits fuzz sanitize plant valgrind races interrupts forks callers limits imports emulate sizes memory
 FREE_THREADED ?= $(shell command -v python3.14t || command -v python3.13t)
