@@ -1,8 +1,8 @@
 """Random calls of the public functions: strange ones that must work, wrong ones that must raise and write nothing.
 
-A strange call has arrays anywhere in memory, in any order, with any steps, at any byte. It must give the bits of the same call
-on plain arrays, be close to the float64 reference, and change nothing but its outputs: neither its inputs nor what lies around.
-Inputs may be broadcast, or lie in a read-only memory map.
+A strange call has arrays anywhere in memory, in any order, with any steps, at any byte, broadcast or in a read-only map. It
+must give the bits of the same call on plain arrays, be close to the float64 reference, and change nothing but its outputs:
+neither its inputs nor what lies around.
 A wrong call has one thing wrong with it and must raise the error that belongs to that, with its outputs untouched.
 
 What lies around an array are NaN and wild labels, or the end of the allocation, which a sanitizer watches.
