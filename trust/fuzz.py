@@ -346,7 +346,9 @@ def arrays_of(rng, call):
     for name, values in call.inputs.items():
         if values.dtype.kind != "O":
             array, memory = place(rng, values)
-            placed[name] = Placed(*mapped(array, memory) if memory.size and rng.random() < 0.05 else (array, memory))
+            if memory.size and rng.random() < 0.05:
+                array, memory = mapped(array, memory)
+            placed[name] = Placed(array, memory)
     wanted, bad = call.options.pop("all_outputs", False), call.options.pop("bad_output", None)
     first = next(iter(call.inputs))
     for name, (shape, dtype) in call.outputs.items():
@@ -424,13 +426,15 @@ def check(rng, seed):
 def compare(found, plain, call, text):
     expected = call.expected()
     tolerance = TOLERANCE[next(iter(call.inputs.values())).dtype.name] * (1 if call.exact else 10)  # of products
+    # What cancels to less than its terms has their errors: upstream gradients, and the pull of classes with the same weights.
+    same_classes = not call.exact and call.inputs["linear_weight"].strides[0] == 0
+    least = 1 if call.name.endswith("backward") or same_classes else 0.05
     for one, other, exact in zip(found, plain, expected, strict=True):
         assert one.dtype == other.dtype, text
         assert one.tobytes() == other.tobytes(), f"{text}: other bits than with plain arrays"
         exact = np.asarray(exact)
         assert one.shape == exact.shape, text
         error = np.abs(one.astype(np.float64) - exact)
-        least = 1 if call.name.endswith("backward") or not call.exact else 0.05  # what cancels there is of the size of inputs
         same = (error <= tolerance * max(np.abs(exact).max(initial=0), least)) | (np.isnan(one) & np.isnan(exact))
         assert same.all(), f"{text}: off by {error.max()} of {np.abs(exact).max()}"
 
