@@ -21,12 +21,9 @@ ISA_FLAGS = {
     "avx2": {"unix": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
     "avx512": {"unix": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "msvc": ["/arch:AVX512"]},
 }
-# The loops over lanes stay functions of their own: inlined into their callers, gcc 12 takes their arrays apart into scalars.
-# clang does not know two of these flags, says so, and goes on.
-KEEP_CALLS = ["-fno-inline-functions", "-fno-inline-small-functions", "-fno-inline-functions-called-once"]
 # Not -ffast-math: NaN and infinity are inputs, and the order of additions is part of the result.
 KERNEL_FLAGS = {
-    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *KEEP_CALLS],
+    "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
     "msvc": ["/O2", "/fp:precise"],
 }
 OPENMP_FLAGS = {"unix": (["-fopenmp"], ["-fopenmp"]), "msvc": (["/openmp"], [])}
@@ -41,7 +38,7 @@ DIRECTIVES = {
 
 on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
 isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
-included = [str(path) for pattern in ("*.pxd", "*.h", "_kernels/*.pxi") for path in sorted(Path("pyx_xent").glob(pattern))]
+included = [str(path) for pattern in ("*.pxd", "*.pxi", "*.h", "_kernels/*.pxi", "_kernels/*.h") for path in sorted(Path("pyx_xent").glob(pattern))]
 
 
 class BuildKernels(build_ext):
@@ -54,7 +51,7 @@ class BuildKernels(build_ext):
             extension.extra_compile_args += compile_openmp
             extension.extra_link_args += link_openmp
             if "._kernels." in extension.name:
-                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[extension.name.rpartition(".")[2]][kind]
+                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[extension.name.rpartition(".")[2].partition("_")[0]][kind]
         super().build_extensions()
 
     def has_openmp(self, kind):
@@ -81,7 +78,7 @@ def extension(name):
     return Extension(
         name,
         [name.replace(".", "/") + ".pyx"],
-        include_dirs=[numpy.get_include(), "pyx_xent"],
+        include_dirs=[numpy.get_include(), "pyx_xent", "pyx_xent/_kernels"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         depends=included,
     )
@@ -89,7 +86,7 @@ def extension(name):
 
 setup(
     ext_modules=cythonize(
-        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
+        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}_{precision}" for isa in isas for precision in ("float", "double")))],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

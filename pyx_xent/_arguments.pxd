@@ -1,9 +1,5 @@
 from pyx_xent._problem cimport Problem
 
-cdef enum:
-    SMALL_SCRATCH = 3072          # numbers; a scratch up to this size is on the stack of run(), and problem.scratch is NULL
-
-
 cdef class Call:
     cdef Problem problem
     # The arrays that the problem points into:
@@ -15,7 +11,6 @@ cdef class Call:
     cdef object grad_output       # (rows,) float64
     cdef object state             # (2, rows) float64
     cdef object scratch
-    cdef object parts
     cdef object loss_array        # (rows,) float64
     cdef object computed          # where the kernels write softmax or a gradient: `output`, or a temporary of another layout
     # What comes of them:
@@ -23,6 +18,7 @@ cdef class Call:
     cdef object loss_out
     cdef object loss_dtype
     cdef object logits            # as the caller gave it: a gradient is laid out like it
+    cdef int threads_asked        # the caller's num_threads; 0: as many as are worth it
     cdef int axis
     cdef Py_ssize_t rows
     cdef Py_ssize_t classes

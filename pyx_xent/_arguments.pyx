@@ -13,28 +13,31 @@ from . import _threads
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
 from pyx_xent._problem cimport (
     BFLOAT16,
-    BLOCK,
     CROSS_ENTROPY,
     FEW_CLASSES,
     FLOAT16,
     FLOAT32,
     FLOAT64,
-    LANES,
+    DOUBLE_LANES,
+    FLOAT_LANES,
+    ROWS_BYTES,
+    SEGMENT_BYTES,
     LOG_SOFTMAX,
     LOG_SOFTMAX_BACKWARD,
     NLL,
-    ROWS,
     SEGMENT,
     SOFTMAX,
     SOFTMAX_BACKWARD,
-    ClassArray,
+    Strided,
     Environment,
+    Plan,
     Problem,
     Storage,
     enter_environment,
@@ -55,12 +58,6 @@ cdef object uint64 = np.dtype(np.uint64)
 # How pyx_xent.torch passes bfloat16, which NumPy lacks, without ml_dtypes.
 bfloat16_bits = np.dtype(np.uint16, metadata={"pyx_xent": "bfloat16"})
 
-# A gradient of this size will not be found in a cache: it is stored past them.
-cdef Py_ssize_t STREAM_BYTES = 1 << 25
-# The exponentials of longer rows are computed twice, rather than kept in memory as large as the row.
-cdef Py_ssize_t KEPT_CLASSES = 1 << 20
-# So many classes of a row are worth waking threads for.
-cdef Py_ssize_t CLASSES_WORTH_SHARING = 4 * SEGMENT
 cdef Py_ssize_t LABELS_AT_ONCE = 512
 # Elements that are copied before Ctrl-C is heard.
 cdef Py_ssize_t COPIED_AT_ONCE = 1 << 24
@@ -199,10 +196,9 @@ cdef int check_weight(cnp.ndarray weight, Py_ssize_t classes) except -1:
     return 0
 
 
-cdef int threads_for(object num_threads, Py_ssize_t elements) except -1:
-    if num_threads is None and elements < 2 * <Py_ssize_t>_threads.ELEMENTS_WORTH_A_THREAD:
-        return 1  # what _threads would say, without asking
-    return _threads.for_work(num_threads, elements)
+cdef int asked_threads(object num_threads) except -1:
+    # 0: as many as are worth it
+    return 0 if num_threads is None else min(_threads.checked(num_threads), 1 << 20)
 
 
 # Targets
@@ -340,7 +336,7 @@ cdef Py_ssize_t checked_labels(Call call, cnp.ndarray target, Py_ssize_t classes
 
 # Memory
 
-cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except -1:
+cdef bint describe(cnp.ndarray array, int axis, Strided* description) except -1:
     # Sees the array as (outer, classes, inner) with one stride each; False if its memory does not allow it.
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(array)
     cdef Py_ssize_t stride, expected
@@ -379,7 +375,7 @@ cdef bint describe(cnp.ndarray array, int axis, ClassArray* description) except 
 
 cdef cnp.ndarray readable(cnp.ndarray array, int axis):
     """`array`, or a copy of it in C order: what describe() accepts."""
-    cdef ClassArray description
+    cdef Strided description
     if describe(array, axis, &description):
         return array
     return copied(array, native_dtype(array))
@@ -512,8 +508,29 @@ cdef double reduced(Call call):
     return total
 
 
+ctypedef int (*Kernels)(const Problem*) except -1
+
+cdef Kernels float_kernels = NULL, double_kernels = NULL
+cdef int isa_level = 0
+
+
+def use_kernels(in_float, in_double, int level):
+    """What run() computes with from now on: `run` of a kernel module of each precision, and the index of their instruction set."""
+    global float_kernels, double_kernels, isa_level
+    float_kernels = <Kernels>PyCapsule_GetPointer(in_float, "pyx_xent.run_problem")
+    double_kernels = <Kernels>PyCapsule_GetPointer(in_double, "pyx_xent.run_problem")
+    isa_level = level
+
+
 cdef class Call:
     """A checked call: run it with a kernel module's `run`, then take `loss()` and `gradient()`."""
+
+    def run(self):
+        """Compute it."""
+        if self.problem.is_double:
+            double_kernels(&self.problem)
+        else:
+            float_kernels(&self.problem)
 
     def loss_in_double(self):
         """The reduced loss before it is rounded to its dtype: a float, or for reduction "none" a float64 array."""
@@ -544,7 +561,7 @@ cdef class Call:
         Class indices are checked, -1 where ignored; they and sample weights are None where there are none. A factor is the upstream
         gradient over the divisor of the mean, for all rows or for each.
         """
-        factor = self.problem.grad_scale if self.grad_output is None else self.grad_output.reshape(-1) * self.problem.grad_scale
+        factor = self.problem.options.grad_scale if self.grad_output is None else self.grad_output.reshape(-1) * self.problem.options.grad_scale
         return self.target, None if self.sample_weight is None else self.sample_weight.reshape(-1), factor
 
     def take(self, cnp.ndarray losses):
@@ -572,6 +589,7 @@ cdef class Call:
         call.logits, call.read_logits, call.read_soft = self.logits, self.read_logits, self.read_soft
         call.target, call.weight, call.sample_weight = self.target, self.weight, self.sample_weight
         call.state = self.state
+        call.threads_asked = self.threads_asked
         call.axis, call.rows, call.classes, call.reduction = self.axis, self.rows, self.classes, self.reduction
         set_grad_output(call, None if grad_output is None else as_doubles(grad_output, "grad_output"))
         call.divisor = self.divisor
@@ -589,17 +607,17 @@ cdef tuple loss_shape(Call call):
 cdef int set_grad_output(Call call, cnp.ndarray array) except -1:
     # in   array         grad_output as doubles, or None
     # The divisor of the mean is not in grad_scale yet.
-    call.problem.grad_output = NULL
-    call.problem.grad_scale = 1.0
+    call.problem.options.grad_output = NULL
+    call.problem.options.grad_scale = 1.0
     if array is not None:
         if cnp.PyArray_NDIM(array) == 0:
-            call.problem.grad_scale = (<const double*>cnp.PyArray_DATA(array))[0]
+            call.problem.options.grad_scale = (<const double*>cnp.PyArray_DATA(array))[0]
         elif call.reduction != NONE:
             raise ValueError(f"grad_output must be a scalar unless reduction='none', got shape {(<object>array).shape}")
         elif not is_one_per_row(array, call.logits, call.axis):
             raise ValueError(f"grad_output must have shape {loss_shape(call)}, got {(<object>array).shape}")
         else:
-            call.problem.grad_output = <const double*>cnp.PyArray_DATA(array)
+            call.problem.options.grad_output = <const double*>cnp.PyArray_DATA(array)
             call.grad_output = array
     return 0
 
@@ -607,7 +625,7 @@ cdef int set_grad_output(Call call, cnp.ndarray array) except -1:
 cdef int set_gradient(Call call, cnp.ndarray grad_out) except -1:
     # Decides where the gradient is written: grad_out, a fresh array laid out like the logits, or by way of a temporary.
     cdef cnp.ndarray x = call.logits
-    cdef ClassArray description
+    cdef Strided description
     if grad_out is not None:
         call.output = grad_out
     elif cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:     # bfloat16_bits is more than its type
@@ -620,26 +638,19 @@ cdef int set_gradient(Call call, cnp.ndarray grad_out) except -1:
     return 0
 
 
-cdef bint is_read_in_place(const Problem* p, const ClassArray* array) noexcept:
-    # Or written; an absent one needs no scratch, either.
-    return array.data == NULL or (array.classes == 1 and array.storage == (FLOAT64 if p.is_double else FLOAT32))
-
-
 cdef int settle(Call call) except -1:
     # Last step of every call: the arrays as they now are in memory, the shape (outer, classes, inner), and a scratch where
     # the kernels need one. From here on no code of the caller's runs; what it did to a shape until now is noticed.
     cdef Problem* p = &call.problem
-    cdef ClassArray* arrays[3]
+    cdef Strided* arrays[3]
     cdef cnp.ndarray x = call.read_logits
-    cdef bint one_stride = True, across = True, fits = describe(x, call.axis, &p.logits)
+    cdef bint one_stride = True, fits = describe(x, call.axis, &p.logits)
     cdef int k
-    cdef Py_ssize_t size, rows
-    cdef cnp.ndarray scratch, parts
-    arrays[0], arrays[1], arrays[2] = &p.logits, &p.soft, &p.grad
+    arrays[0], arrays[1], arrays[2] = &p.logits, &p.other, &p.out
     if call.read_soft is not None:
-        fits = fits and describe(call.read_soft, call.axis, &p.soft) and cnp.PyArray_SAMESHAPE(call.read_soft, x)
+        fits = fits and describe(call.read_soft, call.axis, &p.other) and cnp.PyArray_SAMESHAPE(call.read_soft, x)
     if call.computed is not None:
-        fits = fits and describe(call.computed, call.axis, &p.grad) and cnp.PyArray_SAMESHAPE(call.computed, x)
+        fits = fits and describe(call.computed, call.axis, &p.out) and cnp.PyArray_SAMESHAPE(call.computed, x)
     if not fits or cnp.PyArray_DIM(x, call.axis) != call.classes or rows_of(x, call.axis) != call.rows:
         raise ValueError("the shape of an array has changed since it was checked")
     p.classes = call.classes
@@ -659,42 +670,14 @@ cdef int settle(Call call) except -1:
     for k in range(3):
         if arrays[k].data != NULL:
             one_stride = one_stride and arrays[k].outer == arrays[k].inner * p.inner
-            across = across and arrays[k].inner == 1
     if one_stride and p.outer > 1:
         p.inner *= p.outer
         p.outer = 1
-    across = (across and p.inner >= LANES) or p.classes <= FEW_CLASSES
-    p.across = across
-    rows = max(<Py_ssize_t>1, min(<Py_ssize_t>ROWS, BLOCK // max(p.classes, 1)))
-    if across:
-        rows = max(<Py_ssize_t>LANES, rows // LANES * LANES)
-    p.rows_together = rows
-    p.keep = p.grad.data != NULL and p.classes <= KEPT_CLASSES and (not across or p.classes * rows <= 4 * BLOCK)
-    p.stream = (
-        p.grad.data != NULL and p.grad.data != p.logits.data
-        and p.outer * p.inner * p.classes * cnp.PyArray_ITEMSIZE(x) >= STREAM_BYTES
-    )
-    p.shared = (
-        p.num_threads > 1 and not across and p.outer * p.inner < min(4 * p.num_threads, <int>LANES)
-        and p.classes >= CLASSES_WORTH_SHARING
-    )
-    rows = min(rows, (p.inner + LANES - 1) // LANES * LANES if across else p.inner)
-    p.scratch_size = p.classes * rows             # what these take in a scratch
-    size = (1 if p.shared else p.num_threads) * 3 * p.scratch_size
-    if not across and p.soft.data == NULL and not p.keep and is_read_in_place(p, &p.logits) and is_read_in_place(p, &p.grad):
-        size -= 2 * p.scratch_size                # only for logits, and only where they are too large to be computed with
-    if p.num_threads == 1 and size <= SMALL_SCRATCH:
-        p.scratch = NULL                          # run() has one
-    else:
-        # Pages that the kernels do not come to use are never touched.
-        scratch = new_array(size, cnp.NPY_FLOAT64 if p.is_double else cnp.NPY_FLOAT32)
-        p.scratch = cnp.PyArray_DATA(scratch)
-        call.scratch = scratch
-    if p.shared:
-        parts = new_array(2 * (p.classes // SEGMENT + 1), cnp.NPY_FLOAT64)
-        p.parts = <double*>cnp.PyArray_DATA(parts)
-        call.parts = parts
+    plan(call)
     return 0
+
+
+include "_plan.pxi"
 
 
 def cross_entropy(
@@ -729,9 +712,9 @@ def cross_entropy(
     p.operation = NLL if nll else CROSS_ENTROPY
     call.axis = class_axis(axis, x.ndim, logits_name)
     call.reduction = checked_reduction(reduction)
-    p.label_smoothing = checked_smoothing(label_smoothing)
-    p.z_loss = as_double(z_loss, "z_loss")
-    if not 0.0 <= p.z_loss < INFINITY:
+    p.options.label_smoothing = checked_smoothing(label_smoothing)
+    p.options.z_loss = as_double(z_loss, "z_loss")
+    if not 0.0 <= p.options.z_loss < INFINITY:
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     if empty not in ("nan", "zero", "raise"):
         raise ValueError(f"empty must be 'nan', 'zero' or 'raise', got {empty!r}")
@@ -763,7 +746,7 @@ def cross_entropy(
     if samples is not None:
         if not is_one_per_row(samples, x, call.axis) and (soft or not cnp.PyArray_SAMESHAPE(samples, y)):
             raise ValueError(f"sample_weight must have shape {loss_shape(call)}, got {(<object>samples).shape}")
-        p.sample_weight = <const double*>cnp.PyArray_DATA(samples)
+        p.options.sample_weight = <const double*>cnp.PyArray_DATA(samples)
         call.sample_weight = samples
     set_grad_output(call, upstream)
     if soft:
@@ -783,6 +766,7 @@ def cross_entropy(
             checked_output(grad_out, "grad_out", (<object>x).shape, dtype, inputs, names, True)
 
     p.is_double = call.loss_dtype is float64
+    p.options.weight_sum = call.classes
     if weights is not None:
         environment = enter_environment()
         try:
@@ -790,7 +774,8 @@ def cross_entropy(
         finally:
             leave_environment(environment, NULL)
         check_weight(weights, call.classes)       # again: now nobody else has it
-        p.weight = cnp.PyArray_DATA(weights)
+        p.options.weight = cnp.PyArray_DATA(weights)
+        p.options.weight_sum = np.sum(weights, dtype=float64)
         call.weight = weights
     if call.reduction == MEAN:
         if normalizer is None:
@@ -801,7 +786,7 @@ def cross_entropy(
             raise ValueError("no row to average: the batch is empty or all its targets are ignore_index")
         divide_by_divisor(call)
 
-    p.num_threads = threads_for(num_threads, call.rows * call.classes)
+    call.threads_asked = asked_threads(num_threads)
     if state is None:
         array = new_array(call.rows, cnp.NPY_FLOAT64) if call.classes else np.zeros(call.rows)
         p.loss = <double*>cnp.PyArray_DATA(array)
@@ -831,7 +816,7 @@ cdef cnp.ndarray checked_state(object state, Py_ssize_t rows):
 
 cdef void divide_by_divisor(Call call) noexcept:
     cdef Environment environment = enter_environment()
-    call.problem.grad_scale /= call.divisor
+    call.problem.options.grad_scale /= call.divisor
     leave_environment(environment, NULL)
 
 
@@ -840,15 +825,15 @@ cdef double counted(const Problem* p, Py_ssize_t positions, Py_ssize_t live) noe
     cdef Environment environment
     cdef double total = 0.0, one
     cdef Py_ssize_t i
-    if p.sample_weight == NULL and (p.weight == NULL or p.target == NULL):
+    if p.options.sample_weight == NULL and (p.options.weight == NULL or p.target == NULL):
         return live
     environment = enter_environment()
     for i in range(positions):
         if p.target != NULL and p.target[i] < 0:
             continue
-        one = p.sample_weight[i] if p.sample_weight != NULL else 1.0
-        if p.weight != NULL and p.target != NULL:
-            one *= (<const double*>p.weight)[p.target[i]] if p.is_double else (<const float*>p.weight)[p.target[i]]
+        one = p.options.sample_weight[i] if p.options.sample_weight != NULL else 1.0
+        if p.options.weight != NULL and p.target != NULL:
+            one *= (<const double*>p.options.weight)[p.target[i]] if p.is_double else (<const float*>p.options.weight)[p.target[i]]
         total += one
     leave_environment(environment, &total)
     return total
@@ -865,7 +850,7 @@ def softmax(x, axis, out, num_threads, bint logarithm):
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, (array,), ("x",), False)
     p.is_double = dtype is float64
-    p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
+    call.threads_asked = asked_threads(num_threads)
     call.logits = array
     call.classes = cnp.PyArray_DIM(array, call.axis)
     call.rows = rows_of(array, call.axis)
@@ -891,7 +876,7 @@ def softmax_backward(grad_output, output, axis, out, num_threads, bint logarithm
     if out is not None:
         checked_output(out, "out", (<object>array).shape, dtype, (array, g), ("output", "grad_output"), False)
     p.is_double = dtype is float64
-    p.num_threads = threads_for(num_threads, cnp.PyArray_SIZE(array))
+    call.threads_asked = asked_threads(num_threads)
     call.logits = array
     call.classes = cnp.PyArray_DIM(array, call.axis)
     call.rows = rows_of(array, call.axis)

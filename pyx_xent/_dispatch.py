@@ -9,32 +9,40 @@ import importlib.util
 import os
 from contextlib import contextmanager
 
-from . import _runtime
+from . import _arguments, _runtime
 
 ISAS = ("baseline", "avx2", "avx512")  # slowest first; the index is the level of _runtime.x86_level()
 
-compiled = tuple(isa for isa in ISAS if importlib.util.find_spec(f"{__package__}._kernels.{isa}"))
+compiled = tuple(isa for isa in ISAS if importlib.util.find_spec(f"{__package__}._kernels.{isa}_float"))
 supported = tuple(isa for isa in compiled if ISAS.index(isa) <= _runtime.x86_level())
 
 
 def load(isa):
-    """The kernel module for `isa`; ImportError if this processor or this build does not have it."""
+    """The kernel modules of `isa`, {"float": module, "double": module}; ImportError if this processor or this build lacks them."""
     if isa not in supported:
         raise ImportError(f"PYX_XENT_ISA={isa} is not available here; this processor and build have: {', '.join(supported)}")
-    return importlib.import_module(f"{__package__}._kernels.{isa}")
+    return {
+        precision: importlib.import_module(f"{__package__}._kernels.{isa}_{precision}") for precision in ("float", "double")
+    }
 
 
-active = os.environ.get("PYX_XENT_ISA") or supported[-1]
-kernels = load(active)
+def activate(isa):
+    """Compute with `isa` from now on, in the whole process."""
+    global active
+    kernels = load(isa)
+    _arguments.use_kernels(kernels["float"].run, kernels["double"].run, ISAS.index(isa))
+    active = isa
+
+
+activate(os.environ.get("PYX_XENT_ISA") or supported[-1])
 
 
 @contextmanager
 def use(isa):
-    """Compute with `isa` inside a with block. For tests and benchmarks: it changes the whole process."""
-    global active, kernels
-    before = active, kernels
-    active, kernels = isa, load(isa)
+    """Compute with `isa` inside a with block. For tests and benchmarks."""
+    before = active
+    activate(isa)
     try:
         yield
     finally:
-        active, kernels = before
+        activate(before)

@@ -12,9 +12,6 @@ from pathlib import Path
 
 from . import _runtime
 
-# Below this many elements a thread more costs more than it saves: waking one takes some microseconds.
-ELEMENTS_WORTH_A_THREAD = 32768
-
 _chosen = None  # by set_num_threads
 _forked = False
 
@@ -79,7 +76,8 @@ def available():
     return limits[reason], reason
 
 
-def _checked(num_threads):
+def checked(num_threads):
+    """The caller's num_threads as an int; TypeError or ValueError if it is none, or below 1."""
     try:
         number = operator.index(num_threads)
     except TypeError:
@@ -89,14 +87,10 @@ def _checked(num_threads):
     return number
 
 
-def for_work(num_threads, elements):
-    """Threads for a call on `elements` array elements; `num_threads` is the caller's argument, an upper limit."""
-    asked = None if num_threads is None else _checked(num_threads)
-    worth = elements // ELEMENTS_WORTH_A_THREAD
-    if worth < 2 or asked == 1:
-        return 1
+def limited(asked, worth):
+    """Threads for work that is worth `worth` of them, if the caller allows `asked`; 0: any number."""
     threads = min(worth, available()[0])
-    return threads if asked is None else min(threads, asked)
+    return min(threads, asked) if asked else threads
 
 
 def get_num_threads():
@@ -133,4 +127,4 @@ def set_num_threads(num_threads):
     >>> pyx_xent.set_num_threads(None)
     """
     global _chosen
-    _chosen = None if num_threads is None else _checked(num_threads)
+    _chosen = None if num_threads is None else checked(num_threads)

@@ -106,7 +106,7 @@ def cross_entropy(
         logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty,
         out, num_threads,
     )  # fmt: skip
-    _dispatch.kernels.run(call)
+    call.run()
     return call.loss()
 
 
@@ -169,7 +169,7 @@ out, num_threads
         logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty,
         out, num_threads, grad_output, grad_out, True,
     )  # fmt: skip
-    _dispatch.kernels.run(call)
+    call.run()
     return call.loss(), call.gradient()
 
 
@@ -204,7 +204,7 @@ def nll_loss(log_probs, target, weight=None, *, ignore_index=-100, reduction="me
     call = _arguments.cross_entropy(
         log_probs, target, weight, ignore_index, reduction, 0.0, axis, None, None, 0.0, "nan", out, num_threads, nll=True
     )
-    _dispatch.kernels.run(call)
+    call.run()
     return call.loss()
 
 
@@ -253,7 +253,7 @@ def nll_loss_with_grad(
         log_probs, target, weight, ignore_index, reduction, 0.0, axis, None, None, 0.0, "nan", out, num_threads,
         grad_output, grad_out, True, nll=True,
     )  # fmt: skip
-    _dispatch.kernels.run(call)
+    call.run()
     return call.loss(), call.gradient()
 
 
@@ -288,7 +288,7 @@ def softmax(x, axis=-1, *, out=None, num_threads=None):
     array([0.25, 0.75])
     """
     call = _arguments.softmax(x, axis, out, num_threads, False)
-    _dispatch.kernels.run(call)
+    call.run()
     return call.gradient()
 
 
@@ -304,7 +304,7 @@ def log_softmax(x, axis=-1, *, out=None, num_threads=None):
     -4.248354255291589e-18
     """
     call = _arguments.softmax(x, axis, out, num_threads, True)
-    _dispatch.kernels.run(call)
+    call.run()
     return call.gradient()
 
 
@@ -335,7 +335,7 @@ def softmax_backward(grad_output, output, axis=-1, *, out=None, num_threads=None
     array([ 0.1875, -0.1875])
     """
     call = _arguments.softmax_backward(grad_output, output, axis, out, num_threads, False)
-    _dispatch.kernels.run(call)
+    call.run()
     return call.gradient()
 
 
@@ -351,5 +351,5 @@ def log_softmax_backward(grad_output, output, axis=-1, *, out=None, num_threads=
     array([ 0.75, -0.75])
     """
     call = _arguments.softmax_backward(grad_output, output, axis, out, num_threads, True)
-    _dispatch.kernels.run(call)
+    call.run()
     return call.gradient()

@@ -19,6 +19,7 @@ from . import _arguments, _dispatch, _threads
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
 CHUNK_BYTES = 64 << 20
+NUMBERS_WORTH_A_THREAD = 1 << 19  # of a chunk's logits: a thread of Python costs what some of OpenMP's do
 WORTHWHILE_ROWS = 256  # with fewer of them at once, BLAS becomes slow
 # BLAS multiplies, but NumPy's matmul does not add to what is there: so much of a product is made, and added, at once.
 PART_BYTES = 6 << 20
@@ -368,8 +369,9 @@ class Problem:
         size = -(-len(live) // max(1, count))  # alike, so that no chunk is left with a few rows
         self.chunks = [live[first : first + size] for first in range(0, len(live), max(1, size))]
         self.buffer = _empty((size, classes), self.products.buffer_dtype)
-        if self.products.on_python_threads:  # of which one costs what some of OpenMP's do
-            self.parts, self.threads_of_part = _threads.for_work(num_threads, self.buffer.size // 16), 1
+        if self.products.on_python_threads:
+            asked = 0 if num_threads is None else _threads.checked(num_threads)
+            self.parts, self.threads_of_part = _threads.limited(asked, max(1, self.buffer.size // NUMBERS_WORTH_A_THREAD)), 1
         else:
             self.parts, self.threads_of_part = 1, num_threads
 
@@ -420,7 +422,7 @@ class Problem:
             None if self.samples is None else self.samples[rows], None, self.z_loss, "nan", None, self.threads_of_part,
             *((factor, logits, True) if want_gradient else ()),
         )  # fmt: skip
-        _dispatch.kernels.run(call)
+        call.run()
         call.gradient()
         self.losses[rows] = call.loss_in_double()
 

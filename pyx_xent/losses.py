@@ -63,7 +63,7 @@ class CrossEntropyLoss(_Options):
             logits, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing, None, None, None, 0.0,
             "nan", None, None, keep_state=True,
         )  # fmt: skip
-        _dispatch.kernels.run(call)
+        call.run()
         self._last = call
         return call.loss()
 
@@ -88,7 +88,7 @@ class CrossEntropyLoss(_Options):
             `grad_output` has another shape.
         """
         call = self._last_call().backward(grad_output)
-        _dispatch.kernels.run(call)
+        call.run()
         return call.gradient()
 
 
@@ -115,7 +115,7 @@ class NLLLoss(_Options):
             log_probs, target, self.weight, self.ignore_index, self.reduction, 0.0, None, None, None, 0.0, "nan", None,
             None, nll=True,
         )  # fmt: skip
-        _dispatch.kernels.run(call)
+        call.run()
         self._last = call
         return call.loss()
 

@@ -168,7 +168,7 @@ def _call(input, target, weight, options, grad_output=None, grad_out=None, want_
         None if input.numel() < _SERIAL else torch.get_num_threads(),
         grad_output, grad_out, want_gradient, keep_state, state, log_probs,
     )  # fmt: skip
-    _dispatch.kernels.run(call)
+    call.run()
     return call
 
 

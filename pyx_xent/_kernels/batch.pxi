@@ -1,297 +1,232 @@
-# Rows handed to threads, and the only function that Python sees. (The other prange, of threads that share a long row, is in
-# work.pxi.)
+# Rows handed to threads: both pranges, and the only function that _call knows.
 #
-# A row's result depends on nothing but the row, so any split among threads gives the same bits. By what lies side by side in
-# memory, rows are computed across the lanes (few classes, or rows next to each other), or one after the other.
-# Rows that a kernel cannot read or write where they are (strides, half precision, few classes) go through a scratch.
+# A row's result depends on nothing but the row, so any split among threads gives the same bits.
 
 from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport threadid
-
-from pyx_xent._arguments cimport SMALL_SCRATCH, Call
+from cpython.pycapsule cimport PyCapsule_New
+from cython.parallel cimport prange, threadid
 
 cdef enum:
-    WORTH_ALIGNING = 1024         # rows side by side, of which a few are worth a tile of their own
     QUICK = 1024                  # so few elements are computed sooner than the GIL is given away and taken back
     BETWEEN_SIGNALS = 1 << 27     # elements, some tenths of a second: then Ctrl-C is heard
 
 
-cdef inline Storage computed_in(floating compute) noexcept nogil:
-    if floating is float:
-        return FLOAT32
-    else:
-        return FLOAT64
+cdef struct Scratch:
+    # What a thread has for itself, in this order. Each begins at a multiple of 64 bytes.
+    Rows* rows                    # of a panel's tiles
+    Segment* segments             # of two batches
+    real* discarded               # (SEGMENT,)
+    real* weight                  # (FEW_CLASSES, LANES)
+    real* area[4]                 # (plan.area,)  see do_slice
 
 
-cdef inline bint is_direct(const ClassArray* array, Py_ssize_t stride, floating compute) noexcept nogil:
-    # Can a kernel work on it where it is? stride: of what has to lie side by side. Absent arrays are like that.
-    return array.data == NULL or (stride == 1 and array.storage == computed_in(compute))
-
-
-cdef void gather(
-    const ClassArray* array, const void* data, Py_ssize_t classes, int rows,
-    floating* tile,                           # out  (classes, LANES)  what is beyond `rows` is 0
-) noexcept nogil:
-    cdef Py_ssize_t c, size = size_of(array.storage), row_stride = array.inner
-    cdef const floating* x = <const floating*>data
-    cdef int l
-    if rows == LANES and array.storage == computed_in[floating](0):      # nearly always
-        for c in range(classes):
-            for l in range(LANES):
-                tile[c * LANES + l] = x[l * row_stride]
-            x += array.classes
-        return
-    if rows < LANES:
-        memset(tile, 0, classes * LANES * sizeof(floating))
-    if array.inner == 1:
-        for c in range(classes):
-            load(<const char*>data + c * array.classes * size, array.storage, 1, rows, tile + c * LANES, 1)
-    else:
-        for l in range(rows):
-            load(<const char*>data + l * array.inner * size, array.storage, array.classes, classes, tile + l, LANES)
-
-
-cdef void scatter(
-    const floating* tile, const ClassArray* array, void* data, Py_ssize_t classes, int rows
-) noexcept nogil:
-    cdef Py_ssize_t c, size = size_of(array.storage), row_stride = array.inner
-    cdef floating* to = <floating*>data
-    cdef int l
-    if rows == LANES and array.storage == computed_in[floating](0):
-        for c in range(classes):
-            for l in range(LANES):
-                to[l * row_stride] = tile[c * LANES + l]
-            to += array.classes
-        return
-    if array.inner == 1:
-        for c in range(classes):
-            store(tile + c * LANES, 1, rows, <char*>data + c * array.classes * size, array.storage, 1)
-    else:
-        for l in range(rows):
-            store(tile + l, LANES, classes, <char*>data + l * array.inner * size, array.storage, array.classes)
-
-
-cdef void do_across(
-    Block* b, Py_ssize_t outer, Py_ssize_t inner, bint direct, floating* scratch
-) noexcept nogil:
-    cdef const Problem* p = b.problem
-    cdef void* x = element(&p.logits, outer, inner)
-    cdef void* other = element(&p.soft, outer, inner)
-    cdef void* out = element(&p.grad, outer, inner)
-    cdef floating* third = scratch + 2 * p.scratch_size
-    cdef Py_ssize_t tile = p.classes * LANES, c
-    cdef int l
-    b.work.across = True
-    b.work.stream = False
-    b.moved = scratch
-    if b.live == 0:
-        if out != NULL:
-            for c in range(p.classes):
-                store_zeros(
-                    <char*>out + c * p.grad.classes * size_of(p.grad.storage), p.grad.storage, p.grad.inner, b.rows, False
-                )
-        return
-    b.kept[0] = third if p.keep else NULL
-    if direct:
-        b.x[0], b.other[0], b.out[0] = x, other, out
-        b.next_x = b.next_other = b.next_out = LANES
-        b.work.stride, b.work.other_stride, b.work.out_stride = p.logits.classes, p.soft.classes, p.grad.classes
-        b.work.stream = p.stream and begins_lines(out, p.grad.classes * size_of(p.grad.storage))
-        do_block[floating](b, 0)
-        return
-    b.x[0], b.other[0], b.out[0] = scratch, NULL, NULL
-    b.next_x = b.next_other = b.next_out = tile
-    b.work.stride = b.work.other_stride = b.work.out_stride = LANES
-    if other != NULL:
-        b.other[0] = scratch + p.scratch_size
-    if out != NULL:
-        b.out[0] = third
-    for l from 0 <= l < b.rows by LANES:
-        gather(&p.logits, element(&p.logits, outer, inner + l), p.classes, min(b.rows - l, <int>LANES), scratch + l // LANES * tile)
-        if other != NULL:
-            gather(
-                &p.soft, element(&p.soft, outer, inner + l), p.classes, min(b.rows - l, <int>LANES),
-                scratch + p.scratch_size + l // LANES * tile,
-            )
-    do_block[floating](b, 0)
-    if out != NULL:
-        for l from 0 <= l < b.rows by LANES:
-            scatter(
-                third + l // LANES * tile, &p.grad, element(&p.grad, outer, inner + l), p.classes, min(b.rows - l, <int>LANES)
-            )
-
-
-cdef void do_along(Block* b, Py_ssize_t outer, Py_ssize_t inner, floating* scratch) noexcept nogil:
-    cdef const Problem* p = b.problem
-    cdef bint direct_x = is_direct[floating](&p.logits, p.logits.classes, 0)
-    cdef bint direct_other = is_direct[floating](&p.soft, p.soft.classes, 0)
-    cdef bint direct_out = is_direct[floating](&p.grad, p.grad.classes, 0)
-    cdef void* x
-    cdef void* other
-    cdef void* out
-    cdef floating* row
-    cdef int l
-    b.work.across = False
-    b.moved = scratch
-    b.work.stream = p.stream and direct_out
-    b.work.next = NULL
-    for l in range(b.rows):
-        x = element(&p.logits, outer, inner + l)
-        other = element(&p.soft, outer, inner + l)
-        out = element(&p.grad, outer, inner + l)
-        row = scratch + l * p.classes
-        if b.dead[l] != 0:
-            if out != NULL:
-                store_zeros(out, p.grad.storage, p.grad.classes, p.classes, p.stream)
-            continue
-        b.x[l], b.other[l], b.out[l] = x, other, out
-        if not direct_x:
-            load(x, p.logits.storage, p.logits.classes, p.classes, row, 1)
-            b.x[l] = row
-        elif b.rows == 1 and p.logits.inner == p.classes:
-            b.work.next = <const char*>x + p.classes * sizeof(floating)
-        if not direct_other:
-            load(other, p.soft.storage, p.soft.classes, p.classes, row + p.scratch_size, 1)
-            b.other[l] = row + p.scratch_size
-        row += 2 * p.scratch_size
-        if not direct_out:
-            b.out[l] = row
-        # The exponentials wait where the gradient will be, unless the logits are still needed there.
-        b.kept[l] = NULL
-        if p.keep:
-            b.kept[l] = row if b.work.stream or x == out else b.out[l]
-        if b.work.pending != NULL:            # those of the row before are in one of two places, by turns
-            b.kept[l] = row - p.scratch_size if b.work.pending.kept == row else row
-    if b.live > 0:
-        do_block[floating](b, 0)
-    if not direct_out:
-        for l in range(b.rows):
-            if b.dead[l] == 0:
-                store(<const floating*>b.out[l], 1, p.classes, element(&p.grad, outer, inner + l), p.grad.storage, p.grad.classes)
-
-
-cdef inline Py_ssize_t rows_to_line(const Problem* p, Py_ssize_t outer, Py_ssize_t inner, floating compute) noexcept nogil:
-    # So many that the next tile begins where a line of memory does; a whole block if this one does.
-    cdef void* start = element(&p.grad if p.grad.data != NULL else &p.logits, outer, inner)
-    cdef Py_ssize_t head = bytes_to_line(start) // <Py_ssize_t>sizeof(floating)
-    return head if head > 0 else <Py_ssize_t>ROWS
-
-
-cdef void do_slice(
-    const Problem* p, Py_ssize_t position, Py_ssize_t end,     # in   these positions
-    floating* scratch,                        # (3, scratch_size)
-) noexcept nogil:
-    cdef bint direct = (
-        is_direct[floating](&p.logits, p.logits.inner, 0) and is_direct[floating](&p.soft, p.soft.inner, 0)
-        and is_direct[floating](&p.grad, p.grad.inner, 0)
-    )
-    cdef bint across
-    cdef Py_ssize_t outer, inner, rows
-    cdef Block block
-    cdef Pending pending
-    cdef int l
-    block.problem = p
-    block.work.classes = p.classes
-    # The gradient of a long row waits for the next row; of doubles in place, which wait for nothing, it need not.
-    block.work.pending = NULL
-    pending.classes = 0
-    pending.kept = NULL
-    if (
-        p.rows_together == 1 and p.keep and not p.have_state and (p.stream or not p.is_double) and not p.across and not p.shared
-        and p.soft.data == NULL
-        and is_direct[floating](&p.logits, p.logits.classes, 0) and is_direct[floating](&p.grad, p.grad.classes, 0)
-    ):
-        block.work.pending = &pending
-    while position < end:
-        outer = position // p.inner
-        inner = position - outer * p.inner
-        if p.operation == NLL:
-            do_nll[floating](p, position, element(&p.logits, outer, inner), element(&p.grad, outer, inner), 0)
-            position += 1
-            continue
-        rows = min(p.inner - inner, end - position)
-        across = p.classes <= FEW_CLASSES or (p.across and rows >= LANES)
-        rows = min(rows, p.rows_together)
-        if across and rows > LANES:
-            rows -= rows % LANES
-            if direct and p.inner >= WORTH_ALIGNING:
-                rows = min(rows, rows_to_line[floating](p, outer, inner, 0))
-        block.position = position
-        block.rows = <int>rows
-        block.lanes = <int>(rows + LANES - 1) // LANES * LANES
-        for l in range(block.lanes):
-            block.base[l] = 0
-            block.excluded[l] = -1
-            block.dead[l] = 1
-        if p.target != NULL:
-            for l in range(block.rows):
-                block.excluded[l] = p.target[position + l]
-                block.dead[l] = 1.0 if p.target[position + l] < 0 else 0.0
-        else:
-            for l in range(block.rows):
-                block.dead[l] = 0
-        block.live = 0
-        for l in range(block.rows):
-            block.live += block.dead[l] == 0
-        if block.live == 0 and p.operation == CROSS_ENTROPY:
-            ignore_rows(&block)
-        if across:
-            do_across[floating](&block, outer, inner, direct and rows % LANES == 0, scratch)
-        else:
-            do_along[floating](&block, outer, inner, scratch)
-        position += rows
-    finish_pending[floating](&pending, 0)
-
-
-cdef inline void ignore_rows(const Block* b) noexcept nogil:
-    cdef const Problem* p = b.problem
-    cdef int l
+cdef void ignore_row(const Problem* p, Py_ssize_t position) noexcept nogil:
+    cdef Py_ssize_t outer = position // p.inner
     if p.loss != NULL:
-        for l in range(b.rows):
-            p.loss[b.position + l] = 0
+        p.loss[position] = 0
     if p.row_max != NULL and not p.have_state:
-        give_state(b)
+        p.row_max[position] = 0
+        p.row_total[position] = 0
+    if p.out.data != NULL:
+        zeros_out(&p.out, outer, position - outer * p.inner, p.classes, p.plan.stream)
+
+
+cdef inline char* taken(char** free, Py_ssize_t size) noexcept nogil:
+    cdef char* start = free[0]
+    free[0] += (size + 63) // 64 * 64
+    return start
+
+
+cdef void carve(const Problem* p, int thread, Scratch* s) noexcept nogil:
+    cdef char* free = <char*>p.plan.scratch + thread * p.plan.scratch_size
+    cdef int k
+    s.rows = <Rows*>taken(&free, (p.plan.rows + LANES - 1) // LANES * ROWS_BYTES)
+    s.segments = <Segment*>taken(&free, 2 * p.plan.segments * SEGMENT_BYTES)
+    s.discarded = <real*>taken(&free, p.plan.discarded * sizeof(real))
+    s.weight = <real*>taken(&free, p.plan.weights * sizeof(real))
+    for k in range(4):
+        s.area[k] = <real*>taken(&free, p.plan.area * sizeof(real))
+
+
+# NLL: one row, any stride from class to class
+
+
+cdef void do_nll(const Problem* p, Py_ssize_t position) noexcept nogil:
+    cdef Py_ssize_t outer = position // p.inner, inner = position - outer * p.inner, target = p.target[position]
+    cdef double weight = 1.0, sample = 1.0, loss, g = p.options.grad_scale
+    ignore_row(p, position)
+    if target < 0:
+        return
+    if p.options.weight != NULL:
+        weight = (<const real*>p.options.weight)[target]
+    if p.options.sample_weight != NULL:
+        sample = p.options.sample_weight[position]
+        if sample == 0:
+            return
+    if p.loss != NULL:
+        loss = weight * -<double>number(element(&p.logits, outer, inner), target * p.logits.classes, p.logits.storage)
+        loss *= sample
+        p.loss[position] = loss if loss == loss else NAN
+    if p.out.data != NULL:
+        if p.options.grad_output != NULL:
+            g *= p.options.grad_output[position]
+        g *= -weight * sample
+        put_number(element(&p.out, outer, inner), target * p.out.classes, p.out.storage, <real>(g if g == g else NAN))
+
+
+cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int thread) noexcept nogil:
+    cdef Scratch scratch
+    cdef Panel panel
+    cdef Batch batches[2]
+    cdef int now = 0
+    if p.operation == NLL:
+        while position < end:
+            do_nll(p, position)
+            position += 1
+        return
+    carve(p, thread, &scratch)
+    if p.classes <= FEW_CLASSES:
+        panel.rows = scratch.rows
+        panel.x = scratch.area[0]
+        panel.other = scratch.area[1] if p.other.data != NULL or p.operation == LOG_SOFTMAX else NULL
+        spread_weight(p, &panel, scratch.weight)
+        while position < end:
+            do_panel(p, &panel, position, min(p.plan.rows, end - position))
+            position += p.plan.rows
+        return
+    batches[0].count = batches[1].count = 0
+    batches[0].segments = scratch.segments
+    batches[1].segments = scratch.segments + p.plan.segments
+    batches[0].discarded = batches[1].discarded = scratch.discarded
+    while position < end:
+        batches[now].position = position
+        batches[now].outer = position // p.inner
+        batches[now].inner = position - batches[now].outer * p.inner
+        batches[now].count = <int>min(p.plan.rows, min(end - position, p.inner - batches[now].inner))
+        position += batches[now].count
+        if p.plan.shared:
+            do_shared(p, batches, scratch.area[0], scratch.area[1], scratch.area[2])
+        else:
+            do_rows(p, &batches[now], &batches[1 - now], scratch.area[3 * now if p.plan.defer else 0], scratch.area[1], scratch.area[2])
+        if batches[now].count > 0:
+            now = 1 - now
+    write_waiting(p, &batches[1 - now])
+
+
+cdef void write_waiting(const Problem* p, Batch* b) noexcept nogil:
+    cdef Py_ssize_t segment
+    if b.count > 0:
+        for segment in range(segments_of(p.classes)):
+            row_entries(p, b, 0, segment, b.discarded)
+        finish_row(p, b, 0)
+
+
+# Rows that threads share
+
+
+cdef void shared_sum(const Problem* p, const Batch* b, Py_ssize_t segment, int thread) noexcept nogil:
+    # On any thread, so in an environment of its own, like what follows.
+    cdef Environment environment = enter_environment()
+    cdef Scratch scratch
+    carve(p, thread, &scratch)
+    if is_backward(p):
+        sum_segment_backward(p, b, 0, segment)
+    else:
+        sum_segment(p, b, 0, segment, scratch.discarded)
+    leave_environment(environment, NULL)
+
+
+cdef void shared_entries(const Problem* p, const Batch* b, Py_ssize_t segment, int thread) noexcept nogil:
+    cdef Environment environment = enter_environment()
+    cdef Scratch scratch
+    carve(p, thread, &scratch)
+    row_entries(p, b, 0, segment, scratch.discarded)
+    if p.plan.stream:
+        v_fence()
+    leave_environment(environment, NULL)
+
+
+cdef void sum_shared_row(const Problem* p, Batch* b) noexcept nogil:
+    cdef Py_ssize_t segment
+    for segment in prange(segments_of(p.classes), num_threads=p.plan.num_threads, schedule="static"):
+        shared_sum(p, b, segment, threadid())
+    combine_segments(p, b, 0)
+
+
+cdef void do_shared(const Problem* p, Batch* b, real* cached, real* other, real* moved_to) noexcept nogil:
+    # do_rows for one row.
+    cdef Py_ssize_t segment
+    if start_rows(p, &b.rows, b.position, 1) == 0:
+        ignore_row(p, b.position)
+        b.count = 0
+        return
+    place_rows(p, b, cached, other)
+    neutral_lanes(&b.rows)
+    if b.rows.target[0] >= 0:
+        b.rows.target_logit[0] = b.x[0][b.rows.target[0]]
+    if p.have_state:
+        take_state(p, b, 0)
+        move_row(p, b, 0, moved_to)
+        state_of_row(p, b, 0)
+    else:
+        sum_shared_row(p, b)
+        if not is_backward(p) and move_row(p, b, 0, moved_to):
+            sum_shared_row(p, b)
+    row_numbers(p, b)
+    if p.out.data != NULL:
+        for segment in prange(segments_of(p.classes), num_threads=p.plan.num_threads, schedule="static"):
+            shared_entries(p, b, segment, threadid())
+        finish_row(p, b, 0)
+        if not lies_as_rows(&p.out):
+            rows_out(cached, 0, 1, p.classes, &p.out, b.outer, b.inner)
+    b.count = 0
 
 
 cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end, int thread) noexcept nogil:
     cdef Environment environment = enter_environment()
-    if p.is_double:
-        do_slice[double](p, first, end, <double*>p.scratch + 3 * thread * p.scratch_size)
-    else:
-        do_slice[float](p, first, end, <float*>p.scratch + 3 * thread * p.scratch_size)
-    if p.stream:
-        stream_fence()
+    do_slice(p, first, end, thread)
+    if p.plan.stream:
+        v_fence()
     leave_environment(environment, NULL)
 
 
 cdef void do_in_parallel(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    # Eight slices a thread even out ignored rows and a busy core; whole tiles but for the last.
-    cdef Py_ssize_t size = (end - first + 8 * p.num_threads - 1) // (8 * p.num_threads)
-    cdef Py_ssize_t number
-    if size > LANES:
-        size = (size + LANES - 1) // LANES * LANES
-    for number in prange((end - first + size - 1) // size, num_threads=p.num_threads, schedule="dynamic", chunksize=1):
-        do_positions(p, first + number * size, min(first + (number + 1) * size, end), threadid())
+    cdef Py_ssize_t part
+    for part in prange((end - first + p.plan.part - 1) // p.plan.part, num_threads=p.plan.num_threads, schedule="dynamic", chunksize=1):
+        do_positions(p, first + part * p.plan.part, min(first + (part + 1) * p.plan.part, end), threadid())
 
 
-def run(Call call):
-    """Compute what `call` describes. Only KeyboardInterrupt can come of it, with part of the outputs written."""
-    cdef Problem problem = call.problem           # a copy, for a scratch that is gone afterwards
-    cdef const Problem* p = &problem
-    cdef double small[SMALL_SCRATCH + 8]
+cdef int run_problem(const Problem* p) except -1:
+    # Only KeyboardInterrupt can come of it, with part of the outputs written.
     cdef Py_ssize_t positions = p.outer * p.inner, first, size
     if positions == 0 or p.classes == 0:
-        return
-    if problem.scratch == NULL:
-        problem.scratch = <void*>((<size_t>small + 63) // 64 * 64)
-    if p.num_threads == 1 and positions * p.classes <= QUICK:
+        return 0
+    if p.plan.num_threads == 1 and positions * p.classes <= QUICK:
         do_positions(p, 0, positions, 0)
-        return
-    size = max(<Py_ssize_t>1, BETWEEN_SIGNALS // p.classes // LANES * LANES)
+        return 0
+    size = max(p.plan.part, BETWEEN_SIGNALS // p.classes // p.plan.part * p.plan.part)
     for first from 0 <= first < positions by size:
         with nogil:
-            if p.num_threads == 1 or p.shared:
+            if p.plan.num_threads == 1 or p.plan.shared:
                 do_positions(p, first, min(first + size, positions), 0)
             else:
                 do_in_parallel(p, first, min(first + size, positions))
         PyErr_CheckSignals()
+    return 0
+
+
+run = PyCapsule_New(<void*>run_problem, "pyx_xent.run_problem", NULL)      # for _call.use_kernels
+
+
+# What is asked of exp.pxi alone: by trust/ and the tests, of every number there is.
+
+
+def exponentials_of(const real[::1] x, real[::1] out):
+    """out (n,) = exp(x (n,)) for numbers from -87 to 88 (double: -708 to 709), as the kernels compute it. Nothing is checked."""
+    cdef Units units = units_of(v_set(0), 0)
+    cdef Py_ssize_t i
+    for i from 0 <= i < x.shape[0] by LANES:
+        if i + LANES <= x.shape[0]:
+            v_store(&out[i], exp_in(units, v_load(&x[i])))
+        else:
+            v_store_first(&out[i], exp_in(units, v_load_first(&x[i], <int>(x.shape[0] - i), 0)), <int>(x.shape[0] - i))

@@ -1,0 +1,415 @@
+# Many classes: a row at a time, LANES classes in a vector, SEGMENT of them from maximum to sum while they are in the nearest
+# cache. Each segment is in units of its own maximum, a power of two from those of the row, so one pass is enough; and segments
+# depend on nothing but the row, so threads may share one (batch.pxi).
+#
+# Short rows come LANES at a time, for what happens once a row. Of long rows the gradient waits for the next row, and is written
+# while that is summed: so memory is not idle during the exponentials, nor the arithmetic while stores wait for memory.
+
+cdef struct Segment:
+    real maximum
+    real exponent                 # of its units
+    double total                  # the sum of its exponentials without the target's
+    double own                    # the exponential that is left out; 0: none, or the class index
+    Py_ssize_t target             # of which class, counted from the row's first; -1: none
+    double term                   # see Rows, and of the target alone
+    double mass
+    double target_mass
+
+
+cdef struct Batch:
+    # Rows of one outer, side by side
+    Py_ssize_t outer
+    Py_ssize_t inner
+    Py_ssize_t position           # of the first
+    int count                     # 0: nothing waits
+    Rows rows
+    const real* x[LANES]
+    const real* other[LANES]
+    real* cached[LANES]           # the exponentials; x itself if that is a copy
+    real* out[LANES]              # may be `cached`
+    Segment* segments             # (rows, segments)
+    real* discarded               # (SEGMENT,)  exponentials that nobody needs again
+
+
+cdef inline Py_ssize_t segments_of(Py_ssize_t classes) noexcept nogil:
+    return (classes + SEGMENT - 1) // SEGMENT
+
+
+cdef inline Py_ssize_t segment_size(Py_ssize_t classes, Py_ssize_t segment) noexcept nogil:
+    return min(<Py_ssize_t>SEGMENT, classes - segment * SEGMENT)
+
+
+cdef inline bint is_backward(const Problem* p) noexcept nogil:
+    return p.operation == SOFTMAX_BACKWARD or p.operation == LOG_SOFTMAX_BACKWARD
+
+
+cdef inline bint is_cached(const Problem* p) noexcept nogil:
+    return p.plan.keep and not p.have_state
+
+
+cdef inline vec finite(vec m) noexcept nogil:
+    # What distances are measured from, where all logits may be -inf.
+    return v_max(m, v_set(-largest_logit()))
+
+
+cdef double fold(doubles lanes) noexcept nogil:
+    # The sum of the lanes, as a tree; doubles keep what each addition rounds away.
+    cdef double total[LANES]
+    cdef double lost[LANES]
+    cdef double part, before
+    cdef int l, half = LANES // 2
+    if not IS_DOUBLE:
+        return d_fold_add(lanes)
+    d_store(total, lanes)
+    memset(lost, 0, sizeof(lost))
+    while half > 0:
+        for l in range(half):
+            before, part = total[l], total[l + half]
+            total[l] = before + part
+            lost[l] += lost[l + half] + ((before - (total[l] - (total[l] - before))) + (part - (total[l] - before)))
+        half = half // 2
+    return total[0] + (lost[0] if lost[0] == lost[0] else 0.0)
+
+
+cdef inline real one_of(vec lanes) noexcept nogil:
+    cdef real all[LANES]
+    v_store(all, lanes)
+    return all[0]
+
+
+cdef Py_ssize_t position_of(const real* x, Py_ssize_t size, real value) noexcept nogil:
+    # The first; -1: none
+    cdef Py_ssize_t i, c
+    cdef vec wanted = v_set(value)
+    for i from 0 <= i < size by LANES:
+        if v_any(v_equal(at(x, i, size, NAN), wanted)):
+            for c in range(i, size):
+                if x[c] == value:
+                    return c
+    return -1
+
+
+cdef Coefficients coefficients_of(const Problem* p, const real* other, Py_ssize_t start) noexcept nogil:
+    # Of the classes from `start` on.
+    cdef Coefficients k
+    k.weight = <const real*>p.options.weight + start if p.options.weight != NULL else NULL
+    k.probabilities = other + start if p.target == NULL else NULL
+    k.keep = <real>(1.0 - p.options.label_smoothing)
+    k.spread = <real>(p.options.label_smoothing / p.classes)
+    return k
+
+
+cdef void segment_class_term(
+    const Problem* p, const Batch* b, int l, Py_ssize_t start, Py_ssize_t size, Segment* s
+) noexcept nogil:
+    cdef Coefficients k = coefficients_of(p, b.other[l], start)
+    cdef vec m = finite(v_set(s.maximum))
+    cdef Term sums
+    if p.target != NULL:
+        s.term = fold(distances(b.x[l] + start, k.weight, size, one_of(m), m))
+        s.mass = size
+        if k.weight != NULL and segments_of(p.classes) > 1:
+            s.mass = fold(total_of(k.weight, size))
+        return
+    sums = class_term(b.x[l] + start, k, size, m, s.target - start if s.target >= 0 else -1)
+    s.term = fold(sums.term)
+    s.mass = fold(sums.mass)
+    s.target_mass = 0
+    if s.target >= 0:
+        start = s.target - s.target % LANES       # the same vector, hence the same bits, as in the sum and in the gradient
+        k = coefficients_of(p, b.other[l], start)
+        s.target_mass = lane_of(coefficient(k, 0, p.classes - start), s.target - start)
+
+
+cdef inline real lane_of(vec lanes, Py_ssize_t lane) noexcept nogil:
+    cdef real all[LANES]
+    v_store(all, lanes)
+    return all[lane]
+
+
+cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segment, real* discarded) noexcept nogil:
+    # maximum · class term · exponentials · their sum
+    cdef Py_ssize_t start = segment * SEGMENT, size = segment_size(p.classes, segment), target = -1
+    cdef Segment* s = b.segments + l * segments_of(p.classes) + segment
+    cdef const real* x = b.x[l] + start
+    cdef real* cached = b.cached[l] + start if is_cached(p) else discarded
+    cdef vec exponent
+    s.maximum = v_fold_max(maximum(x, size))
+    s.target = -1
+    s.own = 0
+    if p.target == NULL:
+        target = position_of(x, size, s.maximum)
+        s.target = target + start if target >= 0 else -1
+    elif <size_t>(b.rows.target[l] - start) < <size_t>size:
+        target = b.rows.target[l] - start
+    if has_class_term(p):
+        segment_class_term(p, b, l, start, size, s)
+    exponent = exponent_of(v_set(s.maximum))
+    s.exponent = one_of(exponent)
+    exponentials(x, size, units_of(exponent, ROOM), cached)
+    if target >= 0:
+        s.own = cached[target] if p.target == NULL else 0.0
+        cached[target] = 0
+    s.total = fold(total_of(cached, size))
+    if p.target == NULL and target >= 0:
+        cached[target] = <real>s.own              # of a segment that is not the row's largest it is an entry like the others
+
+
+cdef void sum_segment_backward(const Problem* p, const Batch* b, int l, Py_ssize_t segment) noexcept nogil:
+    cdef Py_ssize_t start = segment * SEGMENT, size = segment_size(p.classes, segment)
+    cdef Segment* s = b.segments + l * segments_of(p.classes) + segment
+    cdef const real* x = b.x[l] + start
+    s.maximum = v_fold_max(maximum(x, size)) if p.operation == LOG_SOFTMAX_BACKWARD else 0
+    s.total = fold(dot(x, b.other[l] + start, size) if p.operation == SOFTMAX_BACKWARD else total_of(b.other[l] + start, size))
+
+
+cdef inline void add_to(double* total, double part, double* lost) noexcept nogil:
+    # Kahan's; from the first infinity or NaN on nothing is lost.
+    cdef double corrected, after
+    if IS_DOUBLE:
+        corrected = part - lost[0]
+        after = total[0] + corrected
+        lost[0] = (after - total[0]) - corrected
+        lost[0] = lost[0] if lost[0] == lost[0] else 0.0
+        total[0] = after
+    else:
+        total[0] += part
+
+
+cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
+    # The segments' numbers become the row's.
+    cdef Py_ssize_t count = segments_of(p.classes), i
+    cdef Segment* s = b.segments + l * count
+    cdef Rows* r = &b.rows
+    cdef Segment* largest = s
+    cdef double total = 0, term = 0, mass = 0, lost = 0, lost_term = 0, lost_mass = 0, power, below
+    cdef real exponent
+    for i in range(1, count):
+        if s[i].maximum > largest.maximum:
+            largest = s + i
+    r.maximum[l] = largest.maximum
+    if is_backward(p):
+        for i in range(count):
+            add_to(&total, s[i].total, &lost)
+        r.total[l] = total
+        return
+    exponent = largest.exponent
+    for i in range(count):
+        power = power_of_two(<double>s[i].exponent - <double>exponent) if s[i].exponent != exponent else 1.0
+        add_to(&total, s[i].total * power, &lost)
+        if s + i != largest:
+            add_to(&total, s[i].own * power, &lost)
+    r.total[l] = total
+    if p.target == NULL:
+        r.target[l] = largest.target
+        r.target_logit[l] = largest.maximum if largest.target >= 0 else -INFINITY
+    if not has_class_term(p):
+        return
+    for i in range(count):
+        below = <double>one_of(finite(v_set(largest.maximum))) - <double>one_of(finite(v_set(s[i].maximum)))
+        add_to(&term, s[i].term, &lost_term)
+        add_to(&mass, s[i].mass, &lost_mass)
+        if s + i != largest and p.target == NULL:
+            add_to(&mass, s[i].target_mass, &lost_mass)
+            add_to(&term, below * (s[i].mass + s[i].target_mass) if s[i].mass + s[i].target_mass != 0 else 0, &lost_term)
+        elif s + i != largest:
+            add_to(&term, below * s[i].mass, &lost_term)
+    r.term[l] = term
+    r.mass[l] = mass
+    r.target_mass[l] = largest.target_mass
+
+
+cdef bint move_row(const Problem* p, Batch* b, int l, real* to) noexcept nogil:
+    # A row whose logits are too large is copied and moved by its maximum. -> was it?
+    cdef real base = b.rows.maximum[l]
+    if not too_large(base):
+        return False
+    if lies_as_rows(&p.logits):
+        moved(b.x[l], p.classes, v_set(base), to)
+    else:
+        rows_in(&p.logits, b.outer, b.inner + l, 1, p.classes, to, 0)
+        moved(to, p.classes, v_set(base), to)
+    b.x[l] = to
+    b.rows.base[l] = base
+    b.rows.maximum[l] = 0
+    if b.rows.target[l] >= 0:
+        b.rows.target_logit[l] = to[b.rows.target[l]]
+    return True
+
+
+cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segment, real* discarded) noexcept nogil:
+    # The last step, of one segment: from the cached exponentials, or from those computed again. Both have the same bits, a power
+    # of two apart, as long as it leaves the scale a normal number.
+    cdef Py_ssize_t start = segment * SEGMENT, size = segment_size(p.classes, segment)
+    cdef const Segment* s = b.segments + l * segments_of(p.classes) + segment
+    cdef const Rows* r = &b.rows
+    cdef real* out = b.out[l] + start
+    cdef real* cached = discarded
+    cdef bint stream = p.plan.stream and lies_as_rows(&p.out)
+    cdef double scale = r.scale[l], power = 1
+    cdef Units units
+    cdef Entries e
+    e.operation = p.operation
+    e.x = b.x[l] + start
+    e.y = b.other[l] + start if b.other[l] != NULL else NULL
+    e.scale = v_set(r.scale[l])
+    e.unit = v_set(r.unit[l])
+    if is_backward(p) or p.operation == LOG_SOFTMAX:
+        e.units = units_of(exponent_of(v_set(r.maximum[l])), 0)
+        entries(&e, size, out, stream)
+        return
+    if is_cached(p):
+        cached = b.cached[l] + start
+        if segments_of(p.classes) > 1:
+            power = power_of_two(<double>s.exponent - <double>one_of(exponent_of(v_set(r.maximum[l]))))
+            if fabs(scale * power) > (1e-300 if IS_DOUBLE else 1e-37):
+                scale *= power
+                power = 1
+    else:
+        units = units_of(exponent_of(v_set(r.maximum[l])), ROOM)
+        exponentials(e.x, size, units, cached)
+    if r.has_small:
+        power *= r.damp[l]
+    if power != 1:
+        multiplied(cached, size, <real>power)
+    if has_class_term(p):
+        e.x = cached
+        e.scale = v_set(<real>scale)
+        e.coefficients = coefficients_of(p, b.other[l], start)
+        entries(&e, size, out, stream)
+    else:
+        scaled(cached, size, v_set(<real>scale), out, stream)
+
+
+cdef void finish_row(const Problem* p, const Batch* b, int l) noexcept nogil:
+    if b.rows.has_irregular:
+        finished(b.out[l], p.classes, v_set(1))
+    if not is_backward(p) and b.rows.target[l] >= 0:
+        b.out[l][b.rows.target[l]] = b.rows.at_target[l]
+
+
+cdef void place_rows(const Problem* p, Batch* b, real* cached, real* other) noexcept nogil:
+    # Where the rows are read and written: in place, or where they are copied to.
+    cdef bint direct = lies_as_rows(&p.logits), direct_other = lies_as_rows(&p.other), direct_out = lies_as_rows(&p.out)
+    cdef Py_ssize_t stride = (p.classes + LANES - 1) // LANES * LANES
+    cdef int l
+    if not direct:
+        rows_in(&p.logits, b.outer, b.inner, b.count, p.classes, cached, stride)
+    if not direct_other:
+        rows_in(&p.other, b.outer, b.inner, b.count, p.classes, other, stride)
+    for l in range(b.count):
+        b.cached[l] = cached + l * stride
+        b.x[l] = <real*>element(&p.logits, b.outer, b.inner + l) if direct else b.cached[l]
+        b.out[l] = <real*>element(&p.out, b.outer, b.inner + l) if direct_out else b.cached[l]
+        b.other[l] = NULL
+        if p.other.data != NULL:
+            b.other[l] = <real*>element(&p.other, b.outer, b.inner + l) if direct_other else other + l * stride
+
+
+cdef void sum_row(const Problem* p, Batch* b, int l, Batch* before) noexcept nogil:
+    # Between the segments, those of the row `before` are written.
+    cdef Py_ssize_t segment
+    for segment in range(segments_of(p.classes)):
+        if is_backward(p):
+            sum_segment_backward(p, b, l, segment)
+        else:
+            sum_segment(p, b, l, segment, b.discarded)
+        if before.count > 0:
+            row_entries(p, before, 0, segment, before.discarded)
+    combine_segments(p, b, l)
+    if before.count > 0:
+        finish_row(p, before, 0)
+        before.count = 0
+
+
+cdef void take_state(const Problem* p, Batch* b, int l) noexcept nogil:
+    b.rows.maximum[l] = <real>p.row_max[b.position + l]
+    b.rows.total[l] = p.row_total[b.position + l]
+
+
+cdef void row_numbers(const Problem* p, Batch* b) noexcept nogil:
+    # From sums to what the entries are made of.
+    if is_backward(p):
+        backward_of_rows(p, &b.rows)
+    elif p.operation == CROSS_ENTROPY:
+        loss_of_rows(p, b.position, b.count, &b.rows)
+    else:
+        softmax_of_rows(p, &b.rows)
+
+
+cdef void neutral_lanes(Rows* r) noexcept nogil:
+    # Numbers that nothing comes of, in lanes without a row to compute.
+    cdef int l
+    for l in range(LANES):
+        r.base[l] = 0
+        r.maximum[l] = 0
+        r.target_logit[l] = 0
+        r.total[l] = 1
+        r.term[l] = 0
+        r.mass[l] = 0
+        r.target_mass[l] = 0
+
+
+cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real* other, real* moved_to) noexcept nogil:
+    # in   b        outer, inner, position, count, segments, discarded
+    # in   before   a row whose gradient waits; afterwards b is such a row if the plan is to defer them, else nothing waits
+    cdef Py_ssize_t stride = (p.classes + LANES - 1) // LANES * LANES, segment
+    cdef bint defer = p.plan.defer
+    cdef int l, live = start_rows(p, &b.rows, b.position, b.count)
+    if live == 0:
+        for l in range(b.count):
+            ignore_row(p, b.position + l)
+        b.count = 0
+        return
+    place_rows(p, b, cached, other)
+    neutral_lanes(&b.rows)
+    for l in range(b.count):
+        if not b.rows.live[l]:
+            continue
+        if b.rows.target[l] >= 0:
+            b.rows.target_logit[l] = b.x[l][b.rows.target[l]]
+        if p.have_state:
+            take_state(p, b, l)
+            move_row(p, b, l, moved_to + l * stride)
+            state_of_row(p, b, l)
+        else:
+            sum_row(p, b, l, before)
+            if not is_backward(p) and move_row(p, b, l, moved_to + l * stride):
+                sum_row(p, b, l, before)
+    row_numbers(p, b)
+    if p.out.data == NULL:
+        b.count = 0
+        return
+    if defer:
+        return
+    for l in range(b.count):
+        if b.rows.live[l]:
+            for segment in range(segments_of(p.classes)):
+                row_entries(p, b, l, segment, b.discarded)
+            finish_row(p, b, l)
+        elif lies_as_rows(&p.out):
+            ignore_row(p, b.position + l)
+        else:
+            memset(b.out[l], 0, p.classes * sizeof(real))
+    if not lies_as_rows(&p.out):
+        rows_out(cached, stride, b.count, p.classes, &p.out, b.outer, b.inner)
+    b.count = 0
+
+
+cdef void state_of_row(const Problem* p, Batch* b, int l) noexcept nogil:
+    # What the state of an earlier call does not hold: class probabilities' target and mass.
+    cdef Py_ssize_t segment, start, size, count = segments_of(p.classes)
+    cdef Segment* s = b.segments + l * count
+    cdef double total = b.rows.total[l]
+    if p.target != NULL:
+        return
+    for segment in range(count):
+        start, size = segment * SEGMENT, segment_size(p.classes, segment)
+        s[segment].maximum = v_fold_max(maximum(b.x[l] + start, size))
+        s[segment].exponent = one_of(exponent_of(v_set(s[segment].maximum)))
+        s[segment].target = position_of(b.x[l] + start, size, s[segment].maximum)
+        s[segment].target += start if s[segment].target >= 0 else 0
+        s[segment].total = s[segment].own = 0
+        segment_class_term(p, b, l, start, size, s + segment)
+    combine_segments(p, b, l)
+    b.rows.total[l] = total

@@ -1,0 +1,274 @@
+# The straight lines: loops over the vectors of one tile, or of one row or a segment of it. Both kernels are made of these.
+#
+# To a step, numbers are `size` reals side by side, a vec at a time; what it does in a lane it does in all. In a tile, vector c
+# holds class c of LANES rows, and lanes never meet. In a row, vector i holds LANES neighbouring classes; the last one may be
+# partial, and the caller folds the lanes of a result. So the constants of a row (scale, units, ...) come as a vec as well: one
+# for each lane of a tile, or the same in all.
+#
+# A sum adds GROUP vectors as a tree in real, and the groups in double: doubles with the compensation of Kahan, because 50,000
+# classes would cost 3 ULP. The order depends on nothing but the number of classes (SPEC S36).
+
+cdef enum:
+    GROUP = 8                     # vectors that are added in real before they go to doubles
+
+
+cdef inline doubles accumulate(doubles total, doubles part, doubles* lost) noexcept nogil:
+    cdef doubles corrected, after
+    if not IS_DOUBLE:
+        return d_add(total, part)
+    corrected = d_sub(part, lost[0])
+    after = d_add(total, corrected)
+    corrected = d_sub(d_sub(after, total), corrected)
+    lost[0] = d_select(d_equal(corrected, corrected), corrected, d_set(0.0))       # an infinite part must not become NaN
+    return after
+
+
+cdef inline vec at(const real* x, Py_ssize_t i, Py_ssize_t size, real rest) noexcept nogil:
+    # The vector from x[i] on; from `size` on there is `rest`.
+    return v_load(x + i) if i + LANES <= size else v_load_first(x + i, <int>(size - i), rest)
+
+
+cdef vec maximum(const real* x, Py_ssize_t size) noexcept nogil:
+    # -> of each lane; NaN is passed over
+    cdef vec a = v_set(-INFINITY), b = a, c = a, d = a
+    cdef Py_ssize_t i = 0
+    while i + 4 * LANES <= size:
+        a = v_max(a, v_load(x + i))
+        b = v_max(b, v_load(x + i + LANES))
+        c = v_max(c, v_load(x + i + 2 * LANES))
+        d = v_max(d, v_load(x + i + 3 * LANES))
+        i += 4 * LANES
+    while i < size:
+        a = v_max(a, at(x, i, size, -INFINITY))
+        i += LANES
+    return v_max(v_max(a, b), v_max(c, d))
+
+
+cdef void exponentials(
+    const real* x, Py_ssize_t size,           # in
+    Units units,                              # in   of the row or rows
+    real* cached,                             # out  whole vectors, +0 from `size` on; may be x
+) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i + LANES <= size:
+        v_prefetch(x + i + SEGMENT)           # what comes next, while memory is idle
+        v_store(cached + i, exp_in(units, v_load(x + i)))
+        i += LANES
+    if i < size:
+        v_store(cached + i, exp_in(units, v_load_first(x + i, <int>(size - i), -INFINITY)))
+
+
+cdef inline vec tree(const real* x) noexcept nogil:
+    cdef vec a = v_add(v_load(x), v_load(x + LANES))
+    cdef vec b = v_add(v_load(x + 2 * LANES), v_load(x + 3 * LANES))
+    cdef vec c = v_add(v_load(x + 4 * LANES), v_load(x + 5 * LANES))
+    cdef vec d = v_add(v_load(x + 6 * LANES), v_load(x + 7 * LANES))
+    return v_add(v_add(a, b), v_add(c, d))
+
+
+cdef doubles total_of(const real* x, Py_ssize_t size) noexcept nogil:
+    # -> the sum in each lane
+    cdef doubles total = d_set(0.0), lost = total
+    cdef vec group
+    cdef Py_ssize_t i = 0
+    while i + GROUP * LANES <= size:
+        total = accumulate(total, v_to_doubles(tree(x + i)), &lost)
+        i += GROUP * LANES
+    if i < size:
+        group = at(x, i, size, 0)
+        i += LANES
+        while i < size:
+            group = v_add(group, at(x, i, size, 0))
+            i += LANES
+        total = accumulate(total, v_to_doubles(group), &lost)
+    return total
+
+
+cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
+    # -> the sum of products in each lane
+    cdef doubles total = d_set(0.0), lost = total
+    cdef vec group
+    cdef Py_ssize_t i = 0, end
+    while i < size:
+        group = v_set(0)
+        end = min(i + GROUP * LANES, size)
+        while i < end:
+            group = v_fma(at(x, i, size, 0), at(y, i, size, 0), group)
+            i += LANES
+        total = accumulate(total, v_to_doubles(group), &lost)
+    return total
+
+
+# The class term of SPEC S16, S31: w_c q'_c, with q' = keep * q + spread; index targets have q' = 1 here, see loss.pxi.
+
+
+cdef struct Coefficients:
+    const real* weight            # NULL: 1
+    const real* probabilities     # NULL: q' = 1
+    real keep, spread
+
+
+cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
+    # One place, so that sum and gradient round alike. What is from `size` on means nothing.
+    cdef vec q
+    if k.probabilities == NULL:
+        return at(k.weight, i, size, 0)
+    q = v_fma(v_set(k.keep), at(k.probabilities, i, size, 0), v_set(k.spread))
+    return q if k.weight == NULL else v_mul(at(k.weight, i, size, 0), q)
+
+
+cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:
+    # -> the sum of w (m - x) in each lane; weight NULL: 1. m stands for what is beyond `size` (of a row, whose lanes are alike)
+    cdef doubles total = d_set(0.0), lost = total
+    cdef vec a, b
+    cdef Py_ssize_t i = 0, end
+    while i < size:
+        a = v_set(0)
+        b = a
+        end = min(i + GROUP * LANES, size)
+        if weight != NULL:
+            while i < end:
+                a = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), a)
+                i += LANES
+        else:
+            while i + 2 * LANES <= end:       # two at a time, because each addition waits for the one before
+                a = v_add(a, v_sub(lanes_m, v_load(x + i)))
+                b = v_add(b, v_sub(lanes_m, v_load(x + i + LANES)))
+                i += 2 * LANES
+            while i < end:
+                a = v_add(a, v_sub(lanes_m, at(x, i, size, m)))
+                i += LANES
+            a = v_add(a, b)
+        total = accumulate(total, v_to_doubles(a), &lost)
+    return total
+
+
+cdef struct Term:
+    doubles term                  # the sum of w q' (m - x)
+    doubles mass                  # the sum of w q'
+
+
+cdef Term class_term(
+    const real* x, Coefficients k, Py_ssize_t size, vec m,
+    Py_ssize_t target,                        # in   of a row: the class that is left out; -1: none
+) noexcept nogil:
+    # In double from the start: one probability near 1 must not cost the others their digits. 0 * inf is 0 here: 0 log 0 = 0.
+    cdef doubles lost_term = d_set(0.0), lost_mass = lost_term, wide, product
+    cdef Term sums
+    cdef real copy[LANES]
+    cdef vec c
+    cdef Py_ssize_t i = 0, l
+    sums.term = lost_term
+    sums.mass = lost_term
+    while i < size:
+        c = coefficient(k, i, size)
+        if <size_t>(target - i) < <size_t>LANES or i + LANES > size:
+            v_store(copy, c)
+            for l in range(LANES):
+                if i + l == target or i + l >= size:
+                    copy[l] = 0
+            c = v_load(copy)
+        wide = v_to_doubles(c)
+        product = d_mul(wide, d_sub(v_to_doubles(m), v_to_doubles(at(x, i, size, 0))))
+        product = d_select(d_equal(wide, d_set(0.0)), wide, product)
+        sums.term = accumulate(sums.term, product, &lost_term)
+        sums.mass = accumulate(sums.mass, wide, &lost_mass)
+        i += LANES
+    return sums
+
+
+# Entries: one result for each class. With stream, what begins where a line of memory does is stored past the caches.
+
+
+cdef inline int to_line(const real* out, Py_ssize_t size) noexcept nogil:
+    # How many reals until a line of memory begins.
+    return <int>min(size, <Py_ssize_t>(-<uintptr_t>out % 64 // sizeof(real)))
+
+
+cdef void scaled(const real* cached, Py_ssize_t size, vec scale, real* out, bint stream) noexcept nogil:
+    # out = scale * e; may be `cached`
+    cdef Py_ssize_t i = to_line(out, size) if stream else 0
+    if i > 0:
+        v_store_first(out, v_mul(scale, at(cached, 0, size, 0)), <int>i)
+    if stream:
+        while i + LANES <= size:
+            v_stream(out + i, v_mul(scale, v_load(cached + i)))
+            i += LANES
+    else:
+        while i + LANES <= size:
+            v_store(out + i, v_mul(scale, v_load(cached + i)))
+            i += LANES
+    if i < size:
+        v_store_first(out + i, v_mul(scale, at(cached, i, size, 0)), <int>(size - i))
+
+
+cdef struct Entries:
+    # CROSS_ENTROPY:          scale * x - unit * w q',  x being the exponentials
+    # LOG_SOFTMAX:            (x - unit) - scale,       unit being the maximum, scale the log of the sum less that
+    # SOFTMAX_BACKWARD:       x * (y - unit),           x being the output, y the upstream gradient, unit the sum of x y
+    # LOG_SOFTMAX_BACKWARD:   y - scale * e^x           likewise
+    Operation operation
+    const real* x
+    const real* y
+    Coefficients coefficients
+    Units units
+    vec scale
+    vec unit
+
+
+cdef inline vec entry(const Entries* e, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
+    cdef vec x = at(e.x, i, size, 0), unit = e.unit
+    if e.operation == CROSS_ENTROPY:
+        if e.coefficients.weight != NULL or e.coefficients.probabilities != NULL:
+            unit = v_mul(unit, coefficient(e.coefficients, i, size))
+        return v_fma(e.scale, x, v_sub(v_set(0), unit))
+    if e.operation == LOG_SOFTMAX:
+        return v_sub(v_sub(x, unit), e.scale)
+    if e.operation == SOFTMAX_BACKWARD:
+        return v_mul(x, v_sub(at(e.y, i, size, 0), unit))
+    return v_fma(v_sub(v_set(0), e.scale), exp_in(e.units, x), at(e.y, i, size, 0))
+
+
+cdef void entries(const Entries* e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
+    # out may be e.x or e.y
+    cdef Py_ssize_t i = to_line(out, size) if stream else 0
+    if i > 0:
+        v_store_first(out, entry(e, 0, size), <int>i)
+    while i + LANES <= size:
+        if stream:
+            v_stream(out + i, entry(e, i, size))
+        else:
+            v_store(out + i, entry(e, i, size))
+        i += LANES
+    if i < size:
+        v_store_first(out + i, entry(e, i, size), <int>(size - i))
+
+
+cdef void multiplied(real* x, Py_ssize_t size, real factor) noexcept nogil:
+    # in/out   whole vectors
+    cdef Py_ssize_t i
+    for i from 0 <= i < size by LANES:
+        v_store(x + i, v_mul(v_load(x + i), v_set(factor)))
+
+
+cdef void moved(const real* x, Py_ssize_t size, vec base, real* to) noexcept nogil:
+    # to = x - base; exact for each logit that counts
+    cdef Py_ssize_t i
+    for i from 0 <= i < size by LANES:
+        v_store(to + i, v_sub(at(x, i, size, 0), base))
+
+
+cdef void finished(real* out, Py_ssize_t size, vec live) noexcept nogil:
+    # in   live   0 in the lanes of ignored rows, which get 0, whatever was computed from what they hold
+    # Any NaN becomes the one NaN: its sign is not the same on every processor.
+    cdef Py_ssize_t i
+    cdef vec value, zero = v_set(0)
+    cdef mask dead = v_equal(live, zero)
+    for i from 0 <= i < size by LANES:
+        value = at(out, i, size, 0)
+        value = v_select(v_equal(value, value), value, v_set(NAN))
+        value = v_select(dead, zero, value)
+        if i + LANES <= size:
+            v_store(out + i, value)
+        else:
+            v_store_first(out + i, value, <int>(size - i))

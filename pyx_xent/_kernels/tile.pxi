@@ -1,0 +1,211 @@
+# Few classes: LANES rows at once, one in each lane.
+#
+# A panel of some tiles goes through each step before the next step begins, so that what single rows do to single numbers
+# (reading the target's logit, taking it out of the sum, writing its entry) has long reached the cache when vectors read it.
+
+cdef struct Panel:
+    Rows* rows                    # (tiles,)
+    real* x                       # (tiles, classes, LANES)  logits, then exponentials, then the gradient
+    real* other                   # likewise: class probabilities, then w q'; without them a place for exponentials
+    real* weight                  # (classes, LANES)  the weight of a class in all lanes; NULL: 1
+
+
+cdef void spread_weight(const Problem* p, Panel* panel, real* to) noexcept nogil:
+    cdef Py_ssize_t c
+    panel.weight = NULL
+    if p.options.weight != NULL and has_class_term(p):
+        panel.weight = to
+        for c in range(p.classes):
+            v_store(to + c * LANES, v_set((<const real*>p.options.weight)[c]))
+
+
+cdef void tile_maximum(const Problem* p, real* x, Rows* r, Py_ssize_t position) noexcept nogil:
+    # From the tile, or from the state of an earlier call; then the tile is moved if that is too large.
+    cdef Py_ssize_t size = p.classes * LANES
+    cdef bint any_too_large = False
+    cdef int l
+    if p.have_state:
+        for l in range(LANES):
+            r.maximum[l] = <real>p.row_max[position + l] if r.live[l] else 0
+            r.total[l] = p.row_total[position + l] if r.live[l] else 1
+    else:
+        v_store(r.maximum, maximum(x, size))
+    for l in range(LANES):
+        r.base[l] = r.maximum[l] if r.live[l] and too_large(r.maximum[l]) else 0
+        any_too_large = any_too_large or r.base[l] != 0
+    if any_too_large:
+        for l in range(p.classes):
+            v_store(x + l * LANES, v_sub(v_load(x + l * LANES), v_load(r.base)))
+        v_store(r.maximum, v_sub(v_load(r.maximum), v_load(r.base)))
+
+
+cdef void tile_largest(const real* x, Py_ssize_t classes, Rows* r) noexcept nogil:
+    # The target is the first of the largest; -1 where there is none, beside NaN.
+    cdef vec found = v_set(-1), m = v_load(r.maximum)
+    cdef real largest[LANES]
+    cdef Py_ssize_t c
+    cdef int l
+    for c in range(classes - 1, -1, -1):
+        found = v_select(v_equal(v_load(x + c * LANES), m), v_set(<real>c), found)
+    v_store(largest, found)
+    for l in range(LANES):
+        r.target[l] = <Py_ssize_t>largest[l]
+
+
+cdef void tile_target(const Problem* p, const real* x, Rows* r) noexcept nogil:
+    cdef int l
+    if p.target == NULL:
+        tile_largest(x, p.classes, r)
+    for l in range(LANES):
+        if r.live[l]:
+            r.target_logit[l] = x[r.target[l] * LANES + l] if r.target[l] >= 0 else -INFINITY
+        else:                                     # numbers that nothing comes of
+            r.maximum[l] = 0
+            r.base[l] = 0
+            r.target_logit[l] = 0
+
+
+cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, real* other, Rows* r) noexcept nogil:
+    cdef Py_ssize_t size = p.classes * LANES, c
+    cdef Coefficients k
+    cdef Term sums
+    cdef vec m = v_load(r.maximum)
+    cdef int l
+    if p.target != NULL:
+        d_store(r.term, distances(x, panel.weight, size, 0, m))
+        return
+    k.weight = panel.weight
+    k.probabilities = other
+    k.keep = <real>(1.0 - p.options.label_smoothing)
+    k.spread = <real>(p.options.label_smoothing / p.classes)
+    for c from 0 <= c < size by LANES:
+        v_store(other + c, coefficient(k, c, size))
+    for l in range(LANES):
+        r.target_mass[l] = 0
+        if r.live[l] and r.target[l] >= 0:
+            r.target_mass[l] = other[r.target[l] * LANES + l]
+            other[r.target[l] * LANES + l] = 0
+    k.weight = other
+    k.probabilities = NULL
+    sums = class_term(x, k, size, m, -1)
+    d_store(r.term, sums.term)
+    d_store(r.mass, sums.mass)
+
+
+cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept nogil:
+    cdef Py_ssize_t size = p.classes * LANES
+    cdef int l
+    exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached)
+    if p.have_state:
+        return
+    d_store(r.total, total_of(cached, size))
+    for l in range(LANES):
+        r.total[l] = r.total[l] if r.live[l] else 1.0
+
+
+cdef void tile_gradient(const Problem* p, const Panel* panel, real* x, const real* other, Rows* r) noexcept nogil:
+    # in/out   x   the exponentials become the gradient; of LOG_SOFTMAX the logits the result
+    cdef Py_ssize_t size = p.classes * LANES, c
+    cdef Entries e
+    if r.has_small and p.operation != LOG_SOFTMAX:
+        for c from 0 <= c < size by LANES:
+            v_store(x + c, v_mul(v_load(x + c), v_load(r.damp)))
+    if has_class_term(p) or p.operation == LOG_SOFTMAX:
+        e.operation = p.operation
+        e.x = x
+        e.y = NULL
+        e.coefficients.weight = panel.weight if p.target != NULL else other
+        e.coefficients.probabilities = NULL
+        e.scale = v_load(r.scale)
+        e.unit = v_load(r.unit)
+        entries(&e, size, x, False)
+    else:
+        scaled(x, size, v_load(r.scale), x, False)
+
+
+cdef void tile_finished(const Problem* p, real* x, const Rows* r) noexcept nogil:
+    cdef real live[LANES]
+    cdef bint all_live = True
+    cdef int l
+    for l in range(LANES):
+        live[l] = r.live[l]
+        all_live = all_live and r.live[l]
+    if r.has_irregular or not all_live:
+        finished(x, p.classes * LANES, v_load(live))
+
+
+cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_ssize_t rows) noexcept nogil:
+    # cross_entropy, softmax, log_softmax
+    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.classes * LANES, t, k
+    cdef bint has_term = has_class_term(p), logarithm = p.operation == LOG_SOFTMAX
+    cdef Rows* r
+    cdef real* x
+    cdef real* other
+    for t in range(tiles):
+        r = panel.rows + t
+        x = panel.x + t * size
+        tile_maximum(p, x, r, position + t * LANES)
+        tile_target(p, x, r)
+        if has_term:
+            tile_class_term(p, panel, x, panel.other + t * size if panel.other != NULL else NULL, r)
+    for k in range(tiles * LANES):
+        r = panel.rows + k // LANES
+        if r.live[k % LANES] and r.target[k % LANES] >= 0:
+            in_panel(panel.x, p.classes, k, r.target[k % LANES])[0] = -INFINITY
+    for t in range(tiles):
+        r = panel.rows + t
+        x = panel.x + t * size
+        other = panel.other + t * size if panel.other != NULL else NULL
+        tile_sum(p, x, other if logarithm else x, r)
+        if p.operation == CROSS_ENTROPY:
+            loss_of_rows(p, position + t * LANES, <int>min(<Py_ssize_t>LANES, rows - t * LANES), r)
+        else:
+            softmax_of_rows(p, r)
+        if p.out.data != NULL:
+            tile_gradient(p, panel, x, other, r)
+            tile_finished(p, x, r)
+    if p.out.data == NULL:
+        return
+    for k in range(rows):
+        r = panel.rows + k // LANES
+        if r.live[k % LANES] and r.target[k % LANES] >= 0:
+            in_panel(panel.x, p.classes, k, r.target[k % LANES])[0] = r.at_target[k % LANES]
+
+
+cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexcept nogil:
+    # Of softmax and log_softmax; x is their output, other the upstream gradient.
+    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.classes * LANES, t
+    cdef Rows* r
+    cdef Entries e
+    e.operation = p.operation
+    for t in range(tiles):
+        r = panel.rows + t
+        e.x = panel.x + t * size
+        e.y = panel.other + t * size
+        v_store(r.maximum, maximum(e.x, size))
+        d_store(r.total, dot(e.x, e.y, size) if p.operation == SOFTMAX_BACKWARD else total_of(e.y, size))
+        backward_of_rows(p, r)
+        e.units = units_of(exponent_of(v_load(r.maximum)), 0)
+        e.scale = v_load(r.scale)
+        e.unit = v_load(r.unit)
+        entries(&e, size, panel.x + t * size, False)
+        tile_finished(p, panel.x + t * size, r)
+
+
+cdef void do_panel(const Problem* p, Panel* panel, Py_ssize_t position, Py_ssize_t rows) noexcept nogil:
+    cdef Py_ssize_t k, live = 0
+    for k from 0 <= k < rows by LANES:
+        live += start_rows(p, panel.rows + k // LANES, position + k, <int>min(<Py_ssize_t>LANES, rows - k))
+    if live == 0:
+        for k in range(position, position + rows):
+            ignore_row(p, k)
+        return
+    panel_in(&p.logits, p, position, rows, panel.x)
+    if p.other.data != NULL:
+        panel_in(&p.other, p, position, rows, panel.other)
+    if p.operation == SOFTMAX_BACKWARD or p.operation == LOG_SOFTMAX_BACKWARD:
+        panel_backward(p, panel, rows)
+    else:
+        panel_forward(p, panel, position, rows)
+    if p.out.data != NULL:
+        panel_out(panel.x, &p.out, p, position, rows)

@@ -1,0 +1,78 @@
+# How to compute: which kernel, how many rows at once, threads, scratch, streaming. Every tuning constant is here, with its
+# reason; the shape of the kernels (FEW_CLASSES, SEGMENT, which decide bits) is in _problem.pxd.
+
+cdef enum:
+    PANEL_NUMBERS = 8192          # of a panel of tiles: with what else is read twice, it fits into a nearest cache of 32 to 48 KB
+    PANEL_ROWS = 256
+    STREAM_BYTES = 1 << 25        # an output of this size will not be found in a cache: it is stored past them
+    KEPT_CLASSES = 1 << 20        # exponentials of longer rows are computed twice, rather than cached in memory as large as the row
+    CLASSES_WORTH_SHARING = 1 << 15   # so many classes of a row are worth waking threads for
+    PARTS_OF_A_THREAD = 8         # even out ignored rows and a busy core
+
+# Nanoseconds that a number takes, roughly, for loss and gradient in float, by the instruction set's index: for the threads only.
+cdef double[3] NANOSECONDS = [1.5, 0.5, 0.3]
+cdef double NANOSECONDS_WORTH_A_THREAD = 2000.0
+cdef double NANOSECONDS_WORTH_A_PART = 1000.0
+
+
+cdef Py_ssize_t rounded_up(Py_ssize_t size, Py_ssize_t step) noexcept:
+    return (size + step - 1) // step * step
+
+
+cdef bint lies_as_rows(const Problem* p, const Strided* array) noexcept:
+    return array.data == NULL or (array.classes == 1 and array.storage == (FLOAT64 if p.is_double else FLOAT32))
+
+
+cdef int plan(Call call) except -1:
+    cdef Problem* p = &call.problem
+    cdef Plan* plan = &p.plan
+    cdef Py_ssize_t lanes = DOUBLE_LANES if p.is_double else FLOAT_LANES, itemsize = 64 // lanes
+    cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, areas, parts
+    cdef bint few = p.classes <= FEW_CLASSES
+    cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
+    cdef double nanoseconds = NANOSECONDS[isa_level] * p.classes * positions * (2 if p.is_double else 1)
+    plan.num_threads = 1
+    if nanoseconds >= 2 * NANOSECONDS_WORTH_A_THREAD and call.threads_asked != 1:
+        plan.num_threads = _threads.limited(call.threads_asked, <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_THREAD))
+    plan.shared = (
+        plan.num_threads > 1 and positions < min(4 * plan.num_threads, <int>FLOAT_LANES) and p.classes >= CLASSES_WORTH_SHARING
+    )
+    plan.stream = (
+        p.out.data != NULL and p.out.data != p.logits.data
+        and positions * p.classes * (2 if p.out.storage >= FLOAT16 else itemsize) >= STREAM_BYTES
+    )
+    plan.keep = p.out.data != NULL and p.classes <= KEPT_CLASSES and (p.operation == CROSS_ENTROPY or p.operation == SOFTMAX)
+    plan.defer = False
+    plan.discarded = plan.weights = plan.segments = 0
+    if few:
+        plan.rows = max(lanes, min(<Py_ssize_t>PANEL_ROWS, PANEL_NUMBERS // max(p.classes, 1)) // lanes * lanes)
+        plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
+        plan.area = plan.rows * p.classes
+        areas = 2 if p.other.data != NULL or p.operation == LOG_SOFTMAX else 1
+        if p.options.weight != NULL:
+            plan.weights = p.classes * lanes
+    else:
+        plan.rows = lanes if segments == 1 or (p.classes <= KEPT_CLASSES and p.logits.classes != 1) else 1
+        plan.rows = 1 if plan.shared else min(plan.rows, max(positions, 1))
+        plan.defer = (
+            plan.rows == 1 and segments > 1 and plan.keep and not p.have_state and direct and not plan.shared
+        )
+        plan.segments = plan.rows * segments
+        plan.discarded = SEGMENT
+        plan.area = plan.rows * rounded_up(p.classes, lanes)
+        areas = 4 if plan.defer else 3
+    parts = max(1, min(<Py_ssize_t>(PARTS_OF_A_THREAD * plan.num_threads), <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_PART)))
+    plan.part = max(1, (positions + parts - 1) // parts)
+    if plan.part > plan.rows:
+        plan.part = rounded_up(plan.part, plan.rows)
+    elif plan.part > lanes:
+        plan.part = rounded_up(plan.part, lanes)
+    plan.scratch_size = (
+        rounded_up((plan.rows + lanes - 1) // lanes * ROWS_BYTES, 64) + rounded_up(2 * plan.segments * SEGMENT_BYTES, 64)
+        + rounded_up(plan.discarded * itemsize, 64) + rounded_up(plan.weights * itemsize, 64)
+        + areas * rounded_up(plan.area * itemsize, 64)
+    )
+    # Pages that the kernels do not come to use are never touched.
+    call.scratch = new_array(plan.num_threads * plan.scratch_size + 64, cnp.NPY_UINT8)
+    plan.scratch = <void*>((<size_t>cnp.PyArray_DATA(call.scratch) + 63) // 64 * 64)
+    return 0
