@@ -11,7 +11,6 @@ cdef enum:
 
 # Nanoseconds that a number takes, roughly, for loss and gradient in float, by the instruction set's index: for the threads only.
 cdef double[3] NANOSECONDS = [1.5, 0.5, 0.3]
-cdef double NANOSECONDS_WORTH_A_THREAD = 2000.0
 cdef double NANOSECONDS_WORTH_A_PART = 1000.0
 
 
@@ -31,9 +30,7 @@ cdef int plan(Call call) except -1:
     cdef bint few = p.classes <= FEW_CLASSES
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
     cdef double nanoseconds = NANOSECONDS[isa_level] * p.classes * positions * (2 if p.is_double else 1)
-    plan.num_threads = 1
-    if nanoseconds >= 2 * NANOSECONDS_WORTH_A_THREAD and call.threads_asked != 1:
-        plan.num_threads = _threads.limited(call.threads_asked, <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_THREAD))
+    plan.num_threads = 1 if call.threads_asked == 1 else _threads.limited(call.threads_asked, nanoseconds)
     plan.shared = (
         plan.num_threads > 1 and positions < min(4 * plan.num_threads, <int>FLOAT_LANES) and p.classes >= CLASSES_WORTH_SHARING
     )
@@ -61,7 +58,8 @@ cdef int plan(Call call) except -1:
         plan.discarded = SEGMENT
         plan.area = plan.rows * rounded_up(p.classes, lanes)
         areas = 4 if plan.defer else 3
-    parts = max(1, min(<Py_ssize_t>(PARTS_OF_A_THREAD * plan.num_threads), <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_PART)))
+    parts = PARTS_OF_A_THREAD * plan.num_threads
+    parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_PART)))
     plan.part = max(1, (positions + parts - 1) // parts)
     if plan.part > plan.rows:
         plan.part = rounded_up(plan.part, plan.rows)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from . import _runtime
 
+# What a thread has to save: waking one takes about a microsecond while it still spins, some more when it sleeps.
+NANOSECONDS_WORTH_A_THREAD = 2000.0
+
 _chosen = None  # by set_num_threads
 _forked = False
 
@@ -87,8 +90,11 @@ def checked(num_threads):
     return number
 
 
-def limited(asked, worth):
-    """Threads for work that is worth `worth` of them, if the caller allows `asked`; 0: any number."""
+def limited(asked, nanoseconds):
+    """Threads for work that takes one thread so long; the caller allows `asked`, or any number if that is 0."""
+    worth = int(nanoseconds / NANOSECONDS_WORTH_A_THREAD)
+    if worth < 2 or asked == 1:
+        return 1
     threads = min(worth, available()[0])
     return min(threads, asked) if asked else threads
 

@@ -19,7 +19,7 @@ from . import _arguments, _dispatch, _threads
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
 CHUNK_BYTES = 64 << 20
-NUMBERS_WORTH_A_THREAD = 1 << 19  # of a chunk's logits: a thread of Python costs what some of OpenMP's do
+NANOSECONDS_OF_A_LOGIT = 0.005  # between two products, over what a thread of Python costs more than one of OpenMP's
 WORTHWHILE_ROWS = 256  # with fewer of them at once, BLAS becomes slow
 # BLAS multiplies, but NumPy's matmul does not add to what is there: so much of a product is made, and added, at once.
 PART_BYTES = 6 << 20
@@ -371,7 +371,7 @@ class Problem:
         self.buffer = _empty((size, classes), self.products.buffer_dtype)
         if self.products.on_python_threads:
             asked = 0 if num_threads is None else _threads.checked(num_threads)
-            self.parts, self.threads_of_part = _threads.limited(asked, max(1, self.buffer.size // NUMBERS_WORTH_A_THREAD)), 1
+            self.parts, self.threads_of_part = _threads.limited(asked, self.buffer.size * NANOSECONDS_OF_A_LOGIT), 1
         else:
             self.parts, self.threads_of_part = 1, num_threads
 

@@ -29,7 +29,7 @@ def rng():
 @pytest.fixture
 def many_threads(monkeypatch):
     """Let num_threads=4 start four threads, however small the arrays and the machine are."""
-    monkeypatch.setattr(_threads, "ELEMENTS_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(_threads, "NANOSECONDS_WORTH_A_THREAD", 0.01)
     monkeypatch.setattr(_threads, "available", lambda: (4, "test"))
 
 

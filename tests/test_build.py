@@ -129,10 +129,10 @@ class TestThreads:
         monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: range(5), raising=False)
         if _runtime.OPENMP:
             assert _threads.available() == (3, "cgroup CPU quota")
-            assert _threads.for_work(None, 10**9) == 3
-            assert _threads.for_work(2, 10**9) == 2
-            assert _threads.for_work(2**31, 10**9) == 3
-        assert _threads.for_work(8, 100) == 1
+            assert _threads.limited(0, 1e9) == 3
+            assert _threads.limited(2, 1e9) == 2
+            assert _threads.limited(2**20, 1e9) == 3
+        assert _threads.limited(8, 100) == 1
 
     def test_set_num_threads(self):
         try:

@@ -34,7 +34,7 @@ def units_in_the_last_place(found, exact):
 
 def of(isa, x):
     out = np.empty_like(x)
-    _dispatch.load(isa).exponentials(x, out)
+    _dispatch.exponentials(isa, x, out)
     return out
 
 

@@ -447,12 +447,12 @@ def describe(seed, isa, call):
 @contextmanager
 def many_threads(most=4):
     """Small calls get up to so many threads, too, however few processors there are."""
-    before = _threads.ELEMENTS_WORTH_A_THREAD, _threads.available
-    _threads.ELEMENTS_WORTH_A_THREAD, _threads.available = 64, lambda: (most, "trust")
+    before = _threads.NANOSECONDS_WORTH_A_THREAD, _threads.available
+    _threads.NANOSECONDS_WORTH_A_THREAD, _threads.available = 10.0, lambda: (most, "trust")
     try:
         yield
     finally:
-        _threads.ELEMENTS_WORTH_A_THREAD, _threads.available = before
+        _threads.NANOSECONDS_WORTH_A_THREAD, _threads.available = before
 
 
 def run(count, seed):

@@ -221,7 +221,7 @@ run = PyCapsule_New(<void*>run_problem, "pyx_xent.run_problem", NULL)      # for
 # What is asked of exp.pxi alone: by trust/ and the tests, of every number there is.
 
 
-def exponentials_of(const real[::1] x, real[::1] out):
+def exponentials_alone(const real[::1] x, real[::1] out):
     """out (n,) = exp(x (n,)) for numbers from -87 to 88 (double: -708 to 709), as the kernels compute it. Nothing is checked."""
     cdef Units units = units_of(v_set(0), 0)
     cdef Py_ssize_t i

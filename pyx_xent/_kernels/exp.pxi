@@ -106,6 +106,7 @@ cdef inline doubles exp_in_double(vec x, doubles exponent) noexcept nogil:
     # The row's exponential of x in double. The float one takes n times a rounded ln2 away, nearly the same n in a whole row.
     cdef doubles wide = v_to_doubles(x), n
     if not IS_DOUBLE:
+        wide = d_max(wide, d_set(-1e300))      # -inf less a number of its size would be NaN
         n = d_sub(d_fma(wide, d_set(LOG2_E), d_set(ROUNDER_64)), d_set(ROUNDER_64))
         wide = d_fma(n, d_set(LN2_ERROR_32), wide)
     return exp_of_doubles(

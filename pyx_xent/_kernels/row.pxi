@@ -94,8 +94,8 @@ cdef Coefficients coefficients_of(const Problem* p, const real* other, Py_ssize_
     cdef Coefficients k
     k.weight = <const real*>p.options.weight + start if p.options.weight != NULL else NULL
     k.probabilities = other + start if p.target == NULL else NULL
-    k.keep = <real>(1.0 - p.options.label_smoothing)
-    k.spread = <real>(p.options.label_smoothing / p.classes)
+    k.keep = 1.0 - p.options.label_smoothing
+    k.spread = p.options.label_smoothing / p.classes
     return k
 
 

@@ -105,16 +105,20 @@ cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
 cdef struct Coefficients:
     const real* weight            # NULL: 1
     const real* probabilities     # NULL: q' = 1
-    real keep, spread
+    double keep, spread
 
 
 cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
-    # One place, so that sum and gradient round alike. What is from `size` on means nothing.
-    cdef vec q
+    # Rounded once, and in one place, so that sum and gradient round alike. What is from `size` on means nothing.
+    cdef doubles q
     if k.probabilities == NULL:
         return at(k.weight, i, size, 0)
-    q = v_fma(v_set(k.keep), at(k.probabilities, i, size, 0), v_set(k.spread))
-    return q if k.weight == NULL else v_mul(at(k.weight, i, size, 0), q)
+    if k.weight == NULL and k.keep == 1 and k.spread == 0:
+        return at(k.probabilities, i, size, 0)
+    q = d_fma(d_set(k.keep), v_to_doubles(at(k.probabilities, i, size, 0)), d_set(k.spread))
+    if k.weight != NULL:
+        q = d_mul(v_to_doubles(at(k.weight, i, size, 0)), q)
+    return v_from_doubles(q)
 
 
 cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:

@@ -7,7 +7,7 @@ cdef struct Panel:
     Rows* rows                    # (tiles,)
     real* x                       # (tiles, classes, LANES)  logits, then exponentials, then the gradient
     real* other                   # likewise: class probabilities, then w q'; without them a place for exponentials
-    real* weight                  # (classes, LANES)  the weight of a class in all lanes; NULL: 1
+    const real* weight            # (classes, LANES)  the weight of a class in all lanes; NULL: 1
 
 
 cdef void spread_weight(const Problem* p, Panel* panel, real* to) noexcept nogil:
@@ -76,8 +76,8 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
         return
     k.weight = panel.weight
     k.probabilities = other
-    k.keep = <real>(1.0 - p.options.label_smoothing)
-    k.spread = <real>(p.options.label_smoothing / p.classes)
+    k.keep = 1.0 - p.options.label_smoothing
+    k.spread = p.options.label_smoothing / p.classes
     for c from 0 <= c < size by LANES:
         v_store(other + c, coefficient(k, c, size))
     for l in range(LANES):
