@@ -11,6 +11,7 @@ cdef class Call:
     cdef object grad_output       # (rows,) float64
     cdef object state             # (2, rows) float64
     cdef object scratch
+    cdef object areas
     cdef object loss_array        # (rows,) float64
     cdef object computed          # where the kernels write softmax or a gradient: `output`, or a temporary of another layout
     # What comes of them:

@@ -26,7 +26,8 @@ cdef int plan(Call call) except -1:
     cdef Problem* p = &call.problem
     cdef Plan* plan = &p.plan
     cdef Py_ssize_t lanes = DOUBLE_LANES if p.is_double else FLOAT_LANES, itemsize = 64 // lanes
-    cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, areas, parts
+    cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, area, parts
+    cdef int k
     cdef bint few = p.classes <= FEW_CLASSES
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
     cdef double nanoseconds = NANOSECONDS[isa_level] * p.classes * positions * (2 if p.is_double else 1)
@@ -44,8 +45,10 @@ cdef int plan(Call call) except -1:
     if few:
         plan.rows = max(lanes, min(<Py_ssize_t>PANEL_ROWS, PANEL_NUMBERS // max(p.classes, 1)) // lanes * lanes)
         plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
-        plan.area = plan.rows * p.classes
-        areas = 2 if p.other.data != NULL or p.operation == LOG_SOFTMAX else 1
+        area = plan.rows * p.classes
+        plan.area[0] = area
+        plan.area[1] = area if p.other.data != NULL or p.operation == LOG_SOFTMAX else 0
+        plan.area[2] = plan.area[3] = 0
         if p.options.weight != NULL:
             plan.weights = p.classes * lanes
     else:
@@ -56,8 +59,11 @@ cdef int plan(Call call) except -1:
         )
         plan.segments = plan.rows * segments
         plan.discarded = SEGMENT
-        plan.area = plan.rows * rounded_up(p.classes, lanes)
-        areas = 4 if plan.defer else 3
+        area = plan.rows * rounded_up(p.classes, lanes)
+        plan.area[0] = area if plan.keep or not direct else 0
+        plan.area[1] = 0 if lies_as_rows(p, &p.other) else area
+        plan.area[2] = 0 if p.operation == SOFTMAX_BACKWARD or p.operation == LOG_SOFTMAX_BACKWARD else area
+        plan.area[3] = area if plan.defer else 0
     parts = PARTS_OF_A_THREAD * plan.num_threads
     parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_PART)))
     plan.part = max(1, (positions + parts - 1) // parts)
@@ -66,11 +72,22 @@ cdef int plan(Call call) except -1:
     elif plan.part > lanes:
         plan.part = rounded_up(plan.part, lanes)
     plan.scratch_size = (
-        rounded_up((plan.rows + lanes - 1) // lanes * ROWS_BYTES, 64) + rounded_up(2 * plan.segments * SEGMENT_BYTES, 64)
-        + rounded_up(plan.discarded * itemsize, 64) + rounded_up(plan.weights * itemsize, 64)
-        + areas * rounded_up(plan.area * itemsize, 64)
+        rounded_up((plan.rows + lanes - 1) // lanes * ROWS_BYTES, 64) + rounded_up(plan.discarded * itemsize, 64)
+        + rounded_up(plan.weights * itemsize, 64)
     )
-    # Pages that the kernels do not come to use are never touched.
-    call.scratch = new_array(plan.num_threads * plan.scratch_size + 64, cnp.NPY_UINT8)
-    plan.scratch = <void*>((<size_t>cnp.PyArray_DATA(call.scratch) + 63) // 64 * 64)
+    plan.areas_size = 0
+    for k in range(4):
+        plan.areas_size += rounded_up(plan.area[k] * itemsize, 64)
+    # Two arrays, because a large one lies in huge pages, of which those that the kernels do not come to use are never touched.
+    call.scratch = new_array(
+        plan.num_threads * plan.scratch_size + (1 if plan.shared else 2 * plan.num_threads) * plan.segments * SEGMENT_BYTES + 64,
+        cnp.NPY_UINT8,
+    )
+    call.areas = new_array((1 if plan.shared else plan.num_threads) * plan.areas_size + 64, cnp.NPY_UINT8)
+    plan.scratch = aligned(call.scratch)
+    plan.areas = aligned(call.areas)
     return 0
+
+
+cdef void* aligned(cnp.ndarray bytes) noexcept:
+    return <void*>((<size_t>cnp.PyArray_DATA(bytes) + 63) // 64 * 64)

@@ -57,9 +57,11 @@ cdef struct Plan:                 # how to compute, see _plan.pxi
     bint defer                    # a row's gradient is written while the next row is summed
     Py_ssize_t rows               # that are worked on together: whole tiles, or LANES rows, or 1
     Py_ssize_t part               # rows that a thread takes at a time
-    void* scratch                 # (num_threads, scratch_size) bytes, 64-byte aligned; see Scratch in _kernels/batch.pxi
+    void* scratch                 # (num_threads, scratch_size) bytes, then segments; 64-byte aligned; see Scratch in batch.pxi
     Py_ssize_t scratch_size
-    Py_ssize_t area               # numbers of one of its areas,
+    void* areas                   # (num_threads, areas_size) bytes, if shared (1, areas_size), likewise
+    Py_ssize_t areas_size
+    Py_ssize_t area[4]            # numbers of each of them,
     Py_ssize_t segments           # segments of `rows` rows,
     Py_ssize_t discarded          # numbers of exponentials that are not cached,
     Py_ssize_t weights            # numbers of class weights that are repeated for all lanes

@@ -9,7 +9,8 @@ from tqdm import tqdm
 from . import build
 
 ARGUMENTS, THREADS, LINEAR = "pyx_xent/_arguments.pyx", "pyx_xent/_threads.py", "pyx_xent/linear.py"
-BATCH, WORK, EXP = "pyx_xent/_kernels/batch.pxi", "pyx_xent/_kernels/work.pxi", "pyx_xent/_kernels/exp.pxi"
+PLAN = "pyx_xent/_plan.pxi"
+BATCH, COPY, ROW, EXP = (f"pyx_xent/_kernels/{name}.pxi" for name in ("batch", "copy", "row", "exp"))
 
 BUGS = [  # what is wrong, where, the right code, the wrong code
     ("a label may be the number of classes", ARGUMENTS, "(y - <uint64_t>classes)) >> 63", "(y - <uint64_t>classes - 1)) >> 63"),
@@ -30,20 +31,22 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
     ("two axes pass for one", ARGUMENTS, "            elif stride != expected:", "            elif False:"),
     ("sample weights may be too few", ARGUMENTS, "if not is_one_per_row(samples, x, call.axis) and (", "if False and ("),
     ("upstream gradients may be too few", ARGUMENTS, "elif not is_one_per_row(array, call.logits, call.axis):", "elif False:"),
-    ("the scratch is too small", ARGUMENTS, "p.num_threads) * 3 * p.scratch_size", "p.num_threads) * 2 * p.scratch_size"),
+    ("the scratch is too small", PLAN, "        area = plan.rows * p.classes\n", "        area = plan.rows * (p.classes - 1)\n"),
     ("ignored rows count in the mean", ARGUMENTS, "if p.target != NULL and p.target[i] < 0:", "if False:"),
     ("no threads are as good as one", THREADS, "    if number < 1:", "    if number < -9:"),
-    ("a row is read beyond its end", BATCH, "load(x, p.logits.storage, p.logits.classes, p.classes, row, 1)",
-     "load(x, p.logits.storage, p.logits.classes, p.classes + 1, row, 1)"),
-    ("a tile is read beyond the last row", BATCH,
-     "tile + l, LANES)\n\n\ncdef void scatter", "tile + l + 1, LANES)\n\n\ncdef void scatter"),
-    ("a block is one row too large", BATCH,
-     "        rows = min(rows, p.rows_together)", "        rows = min(rows + 1, p.rows_together)"),
-    ("slices overlap the end", BATCH, "min(first + (number + 1) * size, end)", "first + (number + 1) * size"),
-    ("the loss of ignored rows is left as it was", BATCH, "            p.loss[b.position + l] = 0", "            pass"),
+    ("a row is read beyond its end", ROW, "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes, cached, stride)",
+     "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes + 1, cached, stride)"),
+    ("a tile is read beyond the last row", COPY, "data + k * array.inner * size_of(array.storage), array.storage, array.inner, "
+     "lanes_left(run, k), classes,\n                    in_panel", "data + k * array.inner * size_of(array.storage), array.storage, "
+     "array.inner, LANES, classes,\n                    in_panel"),
+    ("a batch is one row too large", BATCH, "min(end - position, p.inner - batches[now].inner))",
+     "min(end - position + 1, p.inner - batches[now].inner))"),
+    ("slices overlap the end", BATCH, "min(first + (part + 1) * p.plan.part, end)", "first + (part + 1) * p.plan.part"),
+    ("the loss of ignored rows is left as it was", BATCH, "        p.loss[position] = 0", "        pass"),
     ("the gradient of ignored rows is left as it was", BATCH,
-     "store_zeros(out, p.grad.storage, p.grad.classes, p.classes, p.stream)", "pass"),
-    ("the last element of a row is left out", WORK, "else classes - segment * SEGMENT", "else classes - segment * SEGMENT - 1"),
+     "        zeros_out(&p.out, outer, position - outer * p.inner, p.classes, p.plan.stream)", "        pass"),
+    ("the last element of a row is left out", ROW, "min(<Py_ssize_t>SEGMENT, classes - segment * SEGMENT)",
+     "min(<Py_ssize_t>SEGMENT, classes - segment * SEGMENT - 1)"),
     ("a digit of exp is wrong", EXP, "0.16666520107819589", "0.16686520107819589"),
     ("a digit of exp in double is wrong", EXP, "8.3333333334956238e-3", "8.3333343334956238e-3"),
     ("ignored rows are multiplied", LINEAR, "np.flatnonzero(self.labels >= 0)", "np.flatnonzero(self.labels >= -1)"),

@@ -12,12 +12,14 @@ cdef enum:
 
 
 cdef struct Scratch:
-    # What a thread has for itself, in this order. Each begins at a multiple of 64 bytes.
+    # What a thread has for itself, each at a multiple of 64 bytes; threads that share a row share its segments and areas.
     Rows* rows                    # of a panel's tiles
-    Segment* segments             # of two batches
+    Segment* segments             # of two batches, (2, plan.segments)
     real* discarded               # (SEGMENT,)
     real* weight                  # (FEW_CLASSES, LANES)
-    real* area[4]                 # (plan.area,)  see do_slice
+    # Rows or tiles, (plan.area[k],): the exponentials, or the logits before them · class probabilities, upstream gradient ·
+    # logits that are moved by their maximum · the exponentials of the next row
+    real* area[4]
 
 
 cdef void ignore_row(const Problem* p, Py_ssize_t position) noexcept nogil:
@@ -41,11 +43,15 @@ cdef void carve(const Problem* p, int thread, Scratch* s) noexcept nogil:
     cdef char* free = <char*>p.plan.scratch + thread * p.plan.scratch_size
     cdef int k
     s.rows = <Rows*>taken(&free, (p.plan.rows + LANES - 1) // LANES * ROWS_BYTES)
-    s.segments = <Segment*>taken(&free, 2 * p.plan.segments * SEGMENT_BYTES)
     s.discarded = <real*>taken(&free, p.plan.discarded * sizeof(real))
     s.weight = <real*>taken(&free, p.plan.weights * sizeof(real))
+    if p.plan.shared:                         # the threads work on one row
+        thread = 0
+    free = <char*>p.plan.scratch + p.plan.num_threads * p.plan.scratch_size
+    s.segments = <Segment*>free + thread * 2 * p.plan.segments
+    free = <char*>p.plan.areas + thread * p.plan.areas_size
     for k in range(4):
-        s.area[k] = <real*>taken(&free, p.plan.area * sizeof(real))
+        s.area[k] = <real*>taken(&free, p.plan.area[k] * sizeof(real))
 
 
 # NLL: one row, any stride from class to class
@@ -54,18 +60,17 @@ cdef void carve(const Problem* p, int thread, Scratch* s) noexcept nogil:
 cdef void do_nll(const Problem* p, Py_ssize_t position) noexcept nogil:
     cdef Py_ssize_t outer = position // p.inner, inner = position - outer * p.inner, target = p.target[position]
     cdef double weight = 1.0, sample = 1.0, loss, g = p.options.grad_scale
-    ignore_row(p, position)
-    if target < 0:
+    if p.options.sample_weight != NULL:
+        sample = p.options.sample_weight[position]
+    if target < 0 or sample == 0:
+        ignore_row(p, position)
         return
     if p.options.weight != NULL:
         weight = (<const real*>p.options.weight)[target]
-    if p.options.sample_weight != NULL:
-        sample = p.options.sample_weight[position]
-        if sample == 0:
-            return
+    # Read before the row is filled with zeros, which may be the same memory.
+    loss = sample * (weight * -<double>number(element(&p.logits, outer, inner), target * p.logits.classes, p.logits.storage))
+    ignore_row(p, position)
     if p.loss != NULL:
-        loss = weight * -<double>number(element(&p.logits, outer, inner), target * p.logits.classes, p.logits.storage)
-        loss *= sample
         p.loss[position] = loss if loss == loss else NAN
     if p.out.data != NULL:
         if p.options.grad_output != NULL:
