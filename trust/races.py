@@ -13,23 +13,14 @@ from . import build
 
 CLANG = "clang-19"
 SANITIZE = "-fsanitize=thread -shared-libsan"
-BATCH, WORK = "pyx_xent/_kernels/batch.pxi", "pyx_xent/_kernels/work.pxi"
-PLANTED = {  # what: [(file, right, wrong), ...]
-    "all threads share a scratch": [(BATCH, "size, end), threadid())", "size, end), 0)")],
-    "segments of a row share a sum": [(WORK, "segment, p.parts + 2 * segment, row, 0)", "segment, p.parts, row, 0)")],
-    "segments write into the first one": [
-        (
-            WORK,
-            "    memcpy(out, begin, head * sizeof(floating))\n",
-            "    memcpy(out, begin, head * sizeof(floating))\n    if segments_of(work.classes) > 1:\n"
-            "        memcpy(work.out, out, (size % 7 + 1) * sizeof(floating))\n",
-        )
-    ],
-    "callers share a scratch": [
-        (BATCH, "    cdef double small[SMALL_SCRATCH + 8]\n", ""),
-        (BATCH, "def run(Call call):", "cdef double small[SMALL_SCRATCH + 8]\n\n\ndef run(Call call):"),
-    ],
+BATCH = "pyx_xent/_kernels/batch.pxi"
+PLANTED = {  # what is wrong: (where, the right code, the wrong code) for each change
+    "all threads share a scratch": [(BATCH, "p.plan.part, end), threadid())", "p.plan.part, end), 0)")],
+    "threads that share a row discard in one place": [(BATCH, "shared_sum(p, b, segment, threadid())", "shared_sum(p, b, segment, 0)")],
+    "segments write into the first one": [(BATCH, "shared_entries(p, b, segment, threadid())", "shared_entries(p, b, 0, threadid())")],
+    "segments of a row share a sum": [(BATCH, "shared_sum(p, b, segment, threadid())", "shared_sum(p, b, 0, threadid())")],
 }
+
 CODE = """
 import sys
 from pyx_xent import _runtime

@@ -208,6 +208,8 @@ cdef void panel_in(
     const Strided* array, const Problem* p, Py_ssize_t position, Py_ssize_t rows, real* panel
 ) noexcept nogil:
     # Lanes beyond the last row are 0.
+    cdef const real* x
+    cdef real* to
     cdef Py_ssize_t classes = p.classes, done = 0, outer, inner, run, c, k
     cdef const char* data
     if rows % LANES != 0:
@@ -217,7 +219,13 @@ cdef void panel_in(
         inner = (position + done) - outer * p.inner
         run = min(p.inner - inner, rows - done)
         data = element(array, outer, inner)
-        if array.inner == 1 and done % LANES == 0:
+        if array.inner == 1 and done % LANES == 0 and array.storage == own_storage() and run % LANES == 0:
+            for c in range(classes):
+                x = (<const real*>data) + c * array.classes
+                to = in_panel(panel, classes, done, c)
+                for k from 0 <= k < run by LANES:
+                    v_store(to + k * classes, v_load(x + k))
+        elif array.inner == 1 and done % LANES == 0:
             for c in range(classes):
                 for k from 0 <= k < run by LANES:
                     v_store(in_panel(panel, classes, done + k, c), load(data, c * array.classes + k, array.storage, lanes_left(run, k)))

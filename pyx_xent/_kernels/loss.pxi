@@ -7,6 +7,7 @@
 
 cdef struct Rows:
     # in   of LANES rows, all in the units of the row (exp.pxi)
+    bint all_live
     bint live[LANES]              # not an ignored row, and not beyond the last one
     Py_ssize_t target[LANES]      # -1: none
     real maximum[LANES]
@@ -27,13 +28,22 @@ cdef struct Rows:
 
 cdef int start_rows(const Problem* p, Rows* r, Py_ssize_t position, int rows) noexcept nogil:
     # Which rows are computed, and their class indices. -> how many
+    # Many short loops without a branch, here and below: few classes cost no more than some of them.
     cdef int l, live = 0
+    if rows == LANES and p.target != NULL:
+        memcpy(r.target, p.target + position, sizeof(r.target))
+        for l in range(LANES):
+            r.live[l] = r.target[l] >= 0
+    else:
+        for l in range(LANES):
+            r.target[l] = p.target[position + l] if l < rows and p.target != NULL else -1
+            r.live[l] = l < rows and (p.target == NULL or r.target[l] >= 0)
+    if p.options.sample_weight != NULL:
+        for l in range(rows):
+            r.live[l] = r.live[l] and p.options.sample_weight[position + l] != 0
     for l in range(LANES):
-        r.target[l] = p.target[position + l] if l < rows and p.target != NULL else -1
-        r.live[l] = l < rows and (p.target == NULL or r.target[l] >= 0) and (
-            p.options.sample_weight == NULL or p.options.sample_weight[position + l] != 0
-        )
         live += r.live[l]
+    r.all_live = live == LANES
     return live
 
 
@@ -69,6 +79,9 @@ cdef void put_numbers(const Rows* r, int rows, doubles numbers, double* out) noe
     # 0 for ignored rows
     cdef double all[LANES]
     cdef int l
+    if r.all_live:
+        d_store(out, numbers)
+        return
     d_store(all, numbers)
     for l in range(rows):
         out[l] = all[l] if r.live[l] else 0.0
@@ -81,25 +94,26 @@ cdef inline doubles log_of_sum(doubles total, doubles of_target, vec maximum, do
     return log1p_of(d_add(d_div(total, of_max), rest), d_mul(of_max, inverse))
 
 
-cdef void take_options(
-    const Problem* p, Py_ssize_t position, int rows, const Rows* r,
-    double* weight, double* sample, double* g,     # out  (LANES,)  w_y, sample weight, upstream gradient with all its factors
-) noexcept nogil:
+cdef inline doubles target_weights(const Problem* p, const Rows* r) noexcept nogil:
+    cdef double weight[LANES]
     cdef int l
+    if p.options.weight == NULL:
+        return d_set(1.0)
     for l in range(LANES):
-        weight[l] = 1
-        sample[l] = 1
-        g[l] = p.options.grad_scale
-    if p.options.weight != NULL and p.target != NULL:
-        for l in range(rows):
-            weight[l] = (<const real*>p.options.weight)[r.target[l]] if r.live[l] else 1.0
-    if p.options.sample_weight != NULL:
-        for l in range(rows):
-            sample[l] = p.options.sample_weight[position + l]
-            g[l] *= sample[l]
-    if p.options.grad_output != NULL:
-        for l in range(rows):
-            g[l] *= p.options.grad_output[position + l]
+        weight[l] = (<const real*>p.options.weight)[r.target[l]] if r.live[l] else 1.0
+    return d_load(weight)
+
+
+cdef inline doubles of_positions(const double* numbers, Py_ssize_t position, int rows) noexcept nogil:
+    # NULL: 1
+    cdef double all[LANES]
+    if numbers == NULL:
+        return d_set(1.0)
+    if rows == LANES:
+        return d_load(numbers + position)
+    d_store(all, d_set(1.0))
+    memcpy(all, numbers + position, rows * sizeof(double))
+    return d_load(all)
 
 
 cdef inline bint has_class_term(const Problem* p) noexcept nogil:
@@ -109,7 +123,6 @@ cdef inline bint has_class_term(const Problem* p) noexcept nogil:
 cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r) noexcept nogil:
     # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the target's entry.
     cdef bint soft = p.target == NULL, class_term = has_class_term(p), has_z = p.options.z_loss != 0
-    cdef double numbers[3][LANES]
     cdef vec m = v_load(r.maximum), k = exponent_of(m), y = v_load(r.target_logit)
     cdef doubles exponent = v_to_doubles(k), one = d_set(1.0), zero = d_set(0.0)
     cdef doubles total = d_load(r.total), of_target = exp_in_double(y, exponent)
@@ -118,12 +131,13 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
     cdef doubles log_total = zero, loss = zero, rest = zero, lse, sample, g, a, at_target, hard, weight, spread, scale
     # so far below the maximum that the exponential may be no normal number
     cdef bint far = not soft and d_any(d_equal(d_select(d_greater(above, near_zero), one, zero), zero))
-    take_options(p, position, rows, r, numbers[0], numbers[1], numbers[2])
-    weight, sample, g = d_load(numbers[0]), d_load(numbers[1]), d_load(numbers[2])
+    sample = of_positions(p.options.sample_weight, position, rows)
     if class_term or has_z or far:
         log_total = log_of_sum(total, of_target, m, exponent, inverse)
     hard = zero
+    weight = zero
     if not soft:
+        weight = target_weights(p, r)
         hard = d_mul(d_set(1.0 - p.options.label_smoothing), weight)
         loss = log1p_of(d_div(total, of_target), d_mul(of_target, inverse))
         if far:
@@ -152,6 +166,8 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
         put_numbers(r, rows, total, p.row_total + position)
     if p.out.data == NULL:
         return
+    # The upstream gradient with all its factors.
+    g = d_mul(d_mul(d_set(p.options.grad_scale), sample), of_positions(p.options.grad_output, position, rows))
     # a p - (the target's own part), from the others' share where p is near 1
     a = d_add(at_target, rest)
     at_target = d_select(

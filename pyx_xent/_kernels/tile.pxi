@@ -22,18 +22,20 @@ cdef void spread_weight(const Problem* p, Panel* panel, real* to) noexcept nogil
 cdef void tile_maximum(const Problem* p, real* x, Rows* r, Py_ssize_t position) noexcept nogil:
     # From the tile, or from the state of an earlier call; then the tile is moved if that is too large.
     cdef Py_ssize_t size = p.classes * LANES
-    cdef bint any_too_large = False
+    cdef vec m = v_set(0), zero = m
     cdef int l
     if p.have_state:
         for l in range(LANES):
             r.maximum[l] = <real>p.row_max[position + l] if r.live[l] else 0
             r.total[l] = p.row_total[position + l] if r.live[l] else 1
+        m = v_load(r.maximum)
     else:
-        v_store(r.maximum, maximum(x, size))
-    for l in range(LANES):
-        r.base[l] = r.maximum[l] if r.live[l] and too_large(r.maximum[l]) else 0
-        any_too_large = any_too_large or r.base[l] != 0
-    if any_too_large:
+        m = maximum(x, size)
+        v_store(r.maximum, m)
+    v_store(r.base, zero)
+    if v_fold_max(v_max(m, v_sub(zero, m))) >= largest_logit():
+        for l in range(LANES):
+            r.base[l] = r.maximum[l] if r.live[l] and too_large(r.maximum[l]) else 0
         for l in range(p.classes):
             v_store(x + l * LANES, v_sub(v_load(x + l * LANES), v_load(r.base)))
         v_store(r.maximum, v_sub(v_load(r.maximum), v_load(r.base)))
@@ -56,6 +58,10 @@ cdef void tile_target(const Problem* p, const real* x, Rows* r) noexcept nogil:
     cdef int l
     if p.target == NULL:
         tile_largest(x, p.classes, r)
+    elif r.all_live:
+        for l in range(LANES):
+            r.target_logit[l] = x[r.target[l] * LANES + l]
+        return
     for l in range(LANES):
         if r.live[l]:
             r.target_logit[l] = x[r.target[l] * LANES + l] if r.target[l] >= 0 else -INFINITY
@@ -99,8 +105,9 @@ cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept no
     if p.have_state:
         return
     d_store(r.total, total_of(cached, size))
-    for l in range(LANES):
-        r.total[l] = r.total[l] if r.live[l] else 1.0
+    if not r.all_live:
+        for l in range(LANES):
+            r.total[l] = r.total[l] if r.live[l] else 1.0
 
 
 cdef void tile_gradient(const Problem* p, const Panel* panel, real* x, const real* other, Rows* r) noexcept nogil:
@@ -125,18 +132,17 @@ cdef void tile_gradient(const Problem* p, const Panel* panel, real* x, const rea
 
 cdef void tile_finished(const Problem* p, real* x, const Rows* r) noexcept nogil:
     cdef real live[LANES]
-    cdef bint all_live = True
     cdef int l
-    for l in range(LANES):
-        live[l] = r.live[l]
-        all_live = all_live and r.live[l]
-    if r.has_irregular or not all_live:
+    if r.has_irregular or not r.all_live:
+        for l in range(LANES):
+            live[l] = r.live[l]
         finished(x, p.classes * LANES, v_load(live))
 
 
 cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_ssize_t rows) noexcept nogil:
     # cross_entropy, softmax, log_softmax
-    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.classes * LANES, t, k
+    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.classes * LANES, t
+    cdef int l
     cdef bint has_term = has_class_term(p), logarithm = p.operation == LOG_SOFTMAX
     cdef Rows* r
     cdef real* x
@@ -148,10 +154,12 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         tile_target(p, x, r)
         if has_term:
             tile_class_term(p, panel, x, panel.other + t * size if panel.other != NULL else NULL, r)
-    for k in range(tiles * LANES):
-        r = panel.rows + k // LANES
-        if r.live[k % LANES] and r.target[k % LANES] >= 0:
-            in_panel(panel.x, p.classes, k, r.target[k % LANES])[0] = -INFINITY
+    for t in range(tiles):
+        r = panel.rows + t
+        x = panel.x + t * size
+        for l in range(LANES):
+            if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
+                x[r.target[l] * LANES + l] = -INFINITY
     for t in range(tiles):
         r = panel.rows + t
         x = panel.x + t * size
@@ -166,10 +174,12 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
             tile_finished(p, x, r)
     if p.out.data == NULL:
         return
-    for k in range(rows):
-        r = panel.rows + k // LANES
-        if r.live[k % LANES] and r.target[k % LANES] >= 0:
-            in_panel(panel.x, p.classes, k, r.target[k % LANES])[0] = r.at_target[k % LANES]
+    for t in range(tiles):
+        r = panel.rows + t
+        x = panel.x + t * size
+        for l in range(LANES):
+            if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
+                x[r.target[l] * LANES + l] = r.at_target[l]
 
 
 cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexcept nogil:
