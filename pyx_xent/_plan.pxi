@@ -4,6 +4,7 @@
 cdef enum:
     PANEL_NUMBERS = 8192          # of a panel of tiles: with what else is read twice, it fits into a nearest cache of 32 to 48 KB
     PANEL_ROWS = 256
+    STAGED_NUMBERS = 1 << 15      # of planes that are copied side by side: in the second cache, in runs of many lines
     STREAM_BYTES = 1 << 25        # an output of this size will not be found in a cache: it is stored past them
     KEPT_CLASSES = 1 << 20        # exponentials of longer rows are computed twice, rather than cached in memory as large as the row
     CLASSES_WORTH_SHARING = 1 << 15   # so many classes of a row are worth waking threads for
@@ -20,6 +21,10 @@ cdef Py_ssize_t rounded_up(Py_ssize_t size, Py_ssize_t step) noexcept:
 
 cdef bint lies_as_rows(const Problem* p, const Strided* array) noexcept:
     return array.data == NULL or (array.classes == 1 and array.storage == (FLOAT64 if p.is_double else FLOAT32))
+
+
+cdef bint is_plane(const Strided* array) noexcept:
+    return array.data == NULL or (array.inner == 1 and array.classes != 1)
 
 
 cdef int plan(Call call) except -1:
@@ -41,6 +46,7 @@ cdef int plan(Call call) except -1:
     )
     plan.keep = p.out.data != NULL and p.classes <= KEPT_CLASSES and (p.operation == CROSS_ENTROPY or p.operation == SOFTMAX)
     plan.defer = False
+    plan.staged = 0
     plan.discarded = plan.weights = plan.segments = 0
     if few:
         plan.rows = max(lanes, min(<Py_ssize_t>PANEL_ROWS, PANEL_NUMBERS // max(p.classes, 1)) // lanes * lanes)
@@ -64,6 +70,8 @@ cdef int plan(Call call) except -1:
         plan.area[1] = 0 if lies_as_rows(p, &p.other) else area
         plan.area[2] = 0 if p.operation == SOFTMAX_BACKWARD or p.operation == LOG_SOFTMAX_BACKWARD else area
         plan.area[3] = area if plan.defer else 0
+        if not plan.shared and segments == 1 and is_plane(&p.logits) and is_plane(&p.other) and is_plane(&p.out):
+            plan.staged = min(max(lanes, STAGED_NUMBERS // p.classes // lanes * lanes), rounded_up(p.inner, lanes))
     parts = PARTS_OF_A_THREAD * plan.num_threads
     parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_PART)))
     plan.part = max(1, (positions + parts - 1) // parts)
@@ -78,6 +86,7 @@ cdef int plan(Call call) except -1:
     plan.areas_size = 0
     for k in range(4):
         plan.areas_size += rounded_up(plan.area[k] * itemsize, 64)
+    plan.areas_size += (1 if p.other.data == NULL else 2) * rounded_up(p.classes * plan.staged * itemsize, 64)
     # Two arrays, because a large one lies in huge pages, of which those that the kernels do not come to use are never touched.
     call.scratch = new_array(
         plan.num_threads * plan.scratch_size + (1 if plan.shared else 2 * plan.num_threads) * plan.segments * SEGMENT_BYTES + 64,

@@ -62,6 +62,7 @@ cdef struct Plan:                 # how to compute, see _plan.pxi
     void* areas                   # (num_threads, areas_size) bytes, if shared (1, areas_size), likewise
     Py_ssize_t areas_size
     Py_ssize_t area[4]            # numbers of each of them,
+    Py_ssize_t staged             # positions of which planes are copied side by side; 0: none,
     Py_ssize_t segments           # segments of `rows` rows,
     Py_ssize_t discarded          # numbers of exponentials that are not cached,
     Py_ssize_t weights            # numbers of class weights that are repeated for all lanes

@@ -20,6 +20,7 @@ cdef struct Scratch:
     # Rows or tiles, (plan.area[k],): the exponentials, or the logits before them · class probabilities, upstream gradient ·
     # logits that are moved by their maximum · the exponentials of the next row
     real* area[4]
+    real* staged[2]               # (classes, plan.staged)  planes, copied side by side
 
 
 cdef void ignore_row(const Problem* p, Py_ssize_t position) noexcept nogil:
@@ -52,6 +53,8 @@ cdef void carve(const Problem* p, int thread, Scratch* s) noexcept nogil:
     free = <char*>p.plan.areas + thread * p.plan.areas_size
     for k in range(4):
         s.area[k] = <real*>taken(&free, p.plan.area[k] * sizeof(real))
+    s.staged[0] = <real*>taken(&free, p.classes * p.plan.staged * sizeof(real))
+    s.staged[1] = <real*>free
 
 
 # NLL: one row, any stride from class to class
@@ -90,6 +93,9 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
             position += 1
         return
     carve(p, thread, &scratch)
+    if p.plan.staged > 0:
+        do_staged(p, position, end, thread, &scratch)
+        return
     if p.classes <= FEW_CLASSES:
         panel.rows = scratch.rows
         panel.x = scratch.area[0]
@@ -116,6 +122,49 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
         if batches[now].count > 0:
             now = 1 - now
     write_waiting(p, &batches[1 - now])
+
+
+cdef void staged_in(
+    const Strided* array, const Problem* p, Py_ssize_t outer, Py_ssize_t inner, Py_ssize_t rows, real* to, Strided* staged
+) noexcept nogil:
+    runs_in(element(array, outer, inner), array.storage, array.classes, p.classes, rows, to, p.plan.staged)
+    staged.data = to
+    staged.storage = own_storage()
+    staged.outer = 0
+    staged.classes = p.plan.staged
+    staged.inner = 1
+
+
+cdef void do_staged(const Problem* p, Py_ssize_t position, Py_ssize_t end, int thread, const Scratch* scratch) noexcept nogil:
+    # Far planes of many classes: a run of each is copied first, and the rows are computed from there, as a problem of their own.
+    # Rows that jump from plane to plane would find every line of memory in the same set of the cache.
+    cdef Problem q = p[0]
+    cdef Py_ssize_t outer, inner, rows
+    q.plan.staged = 0
+    q.plan.stream = False
+    q.outer = 1
+    while position < end:
+        outer = position // p.inner
+        inner = position - outer * p.inner
+        rows = min(p.plan.staged, min(end - position, p.inner - inner))
+        staged_in(&p.logits, p, outer, inner, rows, scratch.staged[0], &q.logits)
+        if p.other.data != NULL:
+            staged_in(&p.other, p, outer, inner, rows, scratch.staged[1], &q.other)
+        if p.out.data != NULL:                # whose columns are those of logits that have been read
+            q.out = q.logits
+        q.inner = rows
+        q.target = p.target + position if p.target != NULL else NULL
+        q.options.sample_weight = p.options.sample_weight + position if p.options.sample_weight != NULL else NULL
+        q.options.grad_output = p.options.grad_output + position if p.options.grad_output != NULL else NULL
+        q.loss = p.loss + position if p.loss != NULL else NULL
+        q.row_max = p.row_max + position if p.row_max != NULL else NULL
+        q.row_total = p.row_total + position if p.row_total != NULL else NULL
+        do_slice(&q, 0, rows, thread)
+        if p.out.data != NULL:
+            runs_out(
+                scratch.staged[0], p.plan.staged, p.classes, rows, element(&p.out, outer, inner), p.out.storage, p.out.classes,
+            )
+        position += rows
 
 
 cdef void write_waiting(const Problem* p, Batch* b) noexcept nogil:
