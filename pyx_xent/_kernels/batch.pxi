@@ -163,6 +163,7 @@ cdef void do_staged(const Problem* p, Py_ssize_t position, Py_ssize_t end, int t
         if p.out.data != NULL:
             runs_out(
                 scratch.staged[0], p.plan.staged, p.classes, rows, element(&p.out, outer, inner), p.out.storage, p.out.classes,
+                p.plan.stream,
             )
         position += rows
 

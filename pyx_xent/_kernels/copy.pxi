@@ -101,9 +101,18 @@ cdef void runs_in(
     Py_ssize_t count, Py_ssize_t size,
     real* to, Py_ssize_t to_stride,                            # out  (count, size)
 ) noexcept nogil:
+    # The memory behind each run is asked for, because planes are read run after run.
     cdef Py_ssize_t k, i
+    cdef const real* x
     for k in range(count):
-        for i from 0 <= i < size by LANES:
+        i = 0
+        if storage == own_storage():
+            x = (<const real*>data) + k * stride
+            while i + LANES <= size:
+                v_prefetch(x + size + i)
+                v_store(to + k * to_stride + i, v_load(x + i))
+                i += LANES
+        for i from i <= i < size by LANES:
             v_store_first(to + k * to_stride + i, load(data, k * stride + i, storage, lanes_left(size, i)), lanes_left(size, i))
 
 
@@ -111,10 +120,16 @@ cdef void runs_out(
     const real* source, Py_ssize_t source_stride,              # in   (count, size)
     Py_ssize_t count, Py_ssize_t size,
     char* data, Storage storage, Py_ssize_t stride,            # out  (count, size)
+    bint stream,
 ) noexcept nogil:
     cdef Py_ssize_t k, i
+    stream = stream and storage == own_storage() and (<uintptr_t>data | <size_t>(stride * sizeof(real))) % 64 == 0
     for k in range(count):
-        for i from 0 <= i < size by LANES:
+        i = 0
+        while stream and i + LANES <= size:
+            v_stream((<real*>data) + k * stride + i, v_load(source + k * source_stride + i))
+            i += LANES
+        for i from i <= i < size by LANES:
             store(data, k * stride + i, storage, at(source + k * source_stride, i, size, 0), lanes_left(size, i))
 
 
@@ -187,7 +202,7 @@ cdef void rows_out(
     cdef Py_ssize_t c
     cdef int l
     if array.classes == 1:
-        runs_out(source, source_stride, rows, classes, data, array.storage, array.inner)
+        runs_out(source, source_stride, rows, classes, data, array.storage, array.inner, False)
     elif array.inner == 1:
         transposed_out(source, source_stride, classes, rows, data, array.storage, array.classes)
     else:
@@ -224,6 +239,7 @@ cdef void panel_in(
                 x = (<const real*>data) + c * array.classes
                 to = in_panel(panel, classes, done, c)
                 for k from 0 <= k < run by LANES:
+                    v_prefetch(x + run + k)
                     v_store(to + k * classes, v_load(x + k))
         elif array.inner == 1 and done % LANES == 0:
             for c in range(classes):
