@@ -82,10 +82,24 @@ cdef void do_nll(const Problem* p, Py_ssize_t position) noexcept nogil:
         put_number(element(&p.out, outer, inner), target * p.out.classes, p.out.storage, <real>(g if g == g else NAN))
 
 
+cdef Py_ssize_t rows_together(const Problem* p, Py_ssize_t position, Py_ssize_t rows) noexcept nogil:
+    # Of planes that are stored past the caches: up to where a line of memory begins, from there on whole lines of one plane.
+    cdef Py_ssize_t outer = position // p.inner, inner = position - outer * p.inner
+    cdef int head
+    if not p.plan.stream or p.out.inner != 1 or p.out.classes == 1 or p.out.storage != own_storage():
+        return rows
+    rows = min(rows, p.inner - inner)
+    head = to_line(<const real*>element(&p.out, outer, inner), rows)
+    if head > 0:
+        return head
+    return rows - rows % LANES if rows > LANES else rows
+
+
 cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int thread) noexcept nogil:
     cdef Scratch scratch
     cdef Panel panel
     cdef Batch batches[2]
+    cdef Py_ssize_t rows
     cdef int now = 0
     if p.operation == NLL:
         while position < end:
@@ -102,8 +116,9 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
         panel.other = scratch.area[1] if p.other.data != NULL or p.operation == LOG_SOFTMAX else NULL
         spread_weight(p, &panel, scratch.weight)
         while position < end:
-            do_panel(p, &panel, position, min(p.plan.rows, end - position))
-            position += p.plan.rows
+            rows = rows_together(p, position, min(p.plan.rows, end - position))
+            do_panel(p, &panel, position, rows)
+            position += rows
         return
     batches[0].count = batches[1].count = 0
     batches[0].segments = scratch.segments
@@ -146,7 +161,7 @@ cdef void do_staged(const Problem* p, Py_ssize_t position, Py_ssize_t end, int t
     while position < end:
         outer = position // p.inner
         inner = position - outer * p.inner
-        rows = min(p.plan.staged, min(end - position, p.inner - inner))
+        rows = rows_together(p, position, min(p.plan.staged, min(end - position, p.inner - inner)))
         staged_in(&p.logits, p, outer, inner, rows, scratch.staged[0], &q.logits)
         if p.other.data != NULL:
             staged_in(&p.other, p, outer, inner, rows, scratch.staged[1], &q.other)
