@@ -1,6 +1,7 @@
 """Instruction sets, threads, OpenMP, fork, and what the package says of itself."""
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -80,6 +81,17 @@ def test_show_config_and_python_m_say_the_same():
         assert re.search(rf"^{name} +{re.escape(text)}$", printed, re.MULTILINE), name
     assert px.show_config().keys() == json.loads(config).keys()
     assert px.show_config()["version"] == px.__version__
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes, and /proc lists mapped files")
+@pytest.mark.parametrize("name", [b"donn\xe9es.bin", "données.bin".encode(), b"a\romp", b"lib gomp"])
+def test_show_config_does_not_stumble_over_the_name_of_a_mapped_file(tmp_path, name):
+    before = px.show_config()["openmp_library"]
+    with open(os.path.join(os.fsencode(tmp_path), name), "w+b") as file:
+        file.write(bytes(4096))
+        file.flush()
+        with mmap.mmap(file.fileno(), 4096):
+            assert px.show_config()["openmp_library"] == before
 
 
 @pytest.mark.skipif("avx512" not in _dispatch.supported, reason="the processor has no AVX-512")
