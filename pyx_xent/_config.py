@@ -1,13 +1,11 @@
 """What this build and this machine offer, for reports of problems and figures."""
 
 import platform
-from importlib.metadata import version
 
 import numpy as np
 
 from . import _dispatch, _runtime, _threads
-
-VERSION = version("pyx_xent")
+from ._version import __version__
 
 
 def _openmp_library():
@@ -68,7 +66,7 @@ def show_config():
     threads, reason = _threads.available()
     blas, blas_note = _blas()
     return {
-        "version": VERSION,
+        "version": __version__,
         "isa_compiled": list(_dispatch.compiled),
         "isa_supported": list(_dispatch.supported),
         "isa_active": _dispatch.active,

@@ -5,6 +5,7 @@ Never more than: what the caller asked for, the CPUs this process may run on, it
 not survive fork, and using them there hangs (gcc bug 60035).
 """
 
+import functools
 import math
 import operator
 import os
@@ -40,6 +41,7 @@ def _quota(folder):
     return None
 
 
+@functools.cache  # read at the first call that asks, not at import: a dozen small files
 def _cgroup_cpus(groups=Path("/proc/self/cgroup"), mounted=Path("/sys/fs/cgroup")):
     """The smallest CPU quota of this process's cgroups and of those above them; None if there is none."""
     try:
@@ -56,9 +58,6 @@ def _cgroup_cpus(groups=Path("/proc/self/cgroup"), mounted=Path("/sys/fs/cgroup"
     return min((cpus for cpus in found if cpus), default=None)
 
 
-_CGROUP_CPUS = _cgroup_cpus()
-
-
 def available():
     """(threads, reason): the most that a call may use now, and what limits it."""
     if not _runtime.OPENMP:
@@ -70,8 +69,9 @@ def available():
         limits["CPUs this process may run on"] = len(os.sched_getaffinity(0))
     else:
         limits["CPUs"] = os.cpu_count() or 1
-    if _CGROUP_CPUS is not None:
-        limits["cgroup CPU quota"] = _CGROUP_CPUS
+    quota = _cgroup_cpus()
+    if quota is not None:
+        limits["cgroup CPU quota"] = quota
     chosen = _chosen  # read once: another thread may set it
     if chosen is not None:
         limits["set_num_threads"] = chosen

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,37 @@ def test_show_config_notices_an_openblas_that_takes_the_processor_for_an_older_o
     assert "try OPENBLAS" not in python(code, OPENBLAS_CORETYPE="SkylakeX").stdout
 
 
+# What a program on NumPy has not imported already, and what takes longer to import than this package.
+HEAVY = ("importlib.metadata", "email", "zipfile", "inspect", "ctypes", "threadpoolctl", "torch", "multiprocessing", "json")
+
+
+def test_import_loads_no_heavy_standard_module():
+    code = f"""if True:
+        import sys, numpy
+        before = set(sys.modules)
+        import pyx_xent
+        print([name for name in {HEAVY} if name in sys.modules and name not in before])"""
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_a_copy_without_its_metadata_can_be_imported(tmp_path):
+    """Vendored, frozen, or a build tree on PYTHONPATH: nothing but the package's folder and NumPy."""
+    shutil.copytree(PACKAGE, tmp_path / "pyx_xent")
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for name in ("numpy", "numpy.libs"):
+        if (site := Path(np.__file__).parents[1] / name).exists():
+            (dependencies / name).symlink_to(site)
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import pyx_xent; print(pyx_xent.__version__)"
+    command = [sys.executable, "-S", "-E", "-c", code, str(tmp_path), str(dependencies)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout.strip() == px.__version__, result.stderr
+
+
+def test_the_version_of_the_metadata_is_that_of_the_package():
+    assert version("pyx_xent") == px.__version__
+
+
 def test_public_names():
     for name in px.__all__:
         assert getattr(px, name) is not None
@@ -137,7 +169,7 @@ class TestThreads:
 
     def test_limits_are_kept(self, monkeypatch):
         monkeypatch.setattr(_threads._runtime, "openmp_max_threads", lambda: 64)
-        monkeypatch.setattr(_threads, "_CGROUP_CPUS", 3)
+        monkeypatch.setattr(_threads, "_cgroup_cpus", lambda: 3)
         monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: range(5), raising=False)
         if _runtime.OPENMP:
             assert _threads.available() == (3, "cgroup CPU quota")
