@@ -143,6 +143,35 @@ def test_public_names():
         assert getattr(px, name) is not None
 
 
+needs_affinity = pytest.mark.skipif(
+    not _runtime.OPENMP or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs OpenMP, and an affinity of two CPUs",
+)
+AVAILABLE = """if True:
+    import json, os, threading, numpy as np, pyx_xent as px
+    from pyx_xent import _threads
+    _threads._cgroup_cpus = lambda: None
+    def ask():
+        print(json.dumps(_threads.available()))
+    def work():
+        px.cross_entropy(np.zeros((1000, 1000), np.float32), np.zeros(1000, int))
+    def other(code):
+        thread = threading.Thread(target=code)
+        thread.start()
+        thread.join()
+"""
+
+
+def bound(code, variables):
+    """What AVAILABLE's ask() prints in a new process under these variables of OpenMP, and under no other."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 PERIOD = {"cpu,cpuacct/a/cpu.cfs_period_us": "100000"}  # of version 1
 
 
@@ -194,6 +223,47 @@ class TestThreads:
         if hasattr(os, "sched_setaffinity"):
             one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + code
             assert python(one).stdout.strip() == "1"
+
+    BINDINGS = (
+        {"OMP_PROC_BIND": "true"}, {"OMP_PROC_BIND": "spread", "OMP_PLACES": "threads"}, {"OMP_PLACES": "cores"},
+        {"GOMP_CPU_AFFINITY": "0-4095"}, {"KMP_AFFINITY": "granularity=fine,compact"}, {"OMP_PROC_BIND": "false"},
+    )  # fmt: skip
+
+    @needs_affinity
+    @pytest.mark.parametrize("variables", BINDINGS, ids=str)
+    def test_binding_threads_leaves_all_cpus_to_us(self, variables):
+        """Before the first parallel region, after it, and in other threads of Python, which inherit the first one's place."""
+        asked = "ask(); work(); ask(); other(lambda: (ask(), work(), ask()))"
+        for first in ("", "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL('libgomp.so.1')\n"):
+            found = bound(first + AVAILABLE + asked, variables)
+            assert {cpus for cpus, _ in found} == {len(os.sched_getaffinity(0))}
+            assert {reason for _, reason in found} <= {_threads.OF_PROCESS, _threads.OF_START}
+
+    @needs_affinity
+    def test_binding_threads_when_torch_is_there_first_leaves_all_cpus_to_us(self):
+        pytest.importorskip("torch")
+        found = bound(f"import torch\n{AVAILABLE}ask(); work(); ask()", {"OMP_PROC_BIND": "true"})
+        assert found == 2 * [[len(os.sched_getaffinity(0)), _threads.OF_START]]
+
+    @needs_affinity
+    def test_places_on_some_cpus_are_a_limit(self):
+        one, two = sorted(os.sched_getaffinity(0))[:2]
+        everywhere = bound(AVAILABLE + "work(); ask()", {"OMP_PLACES": f"{{{one},{two}}}"})
+        assert everywhere == [[2, _threads.OF_START if len(os.sched_getaffinity(0)) == 2 else _threads.OF_PLACES]]
+        for variables in ({"OMP_PLACES": f"{{{two}}}"}, {"GOMP_CPU_AFFINITY": str(two)}):
+            assert bound(AVAILABLE + "ask(); work(); ask()", variables) == 2 * [[1, _threads.OF_PLACES]]
+        found = bound(AVAILABLE + "ask(); work(); ask()", {"OMP_PROC_BIND": "master", "OMP_PLACES": "threads"})
+        assert found == 2 * [[1, _threads.OF_ONE_PLACE]]
+
+    @needs_affinity
+    @pytest.mark.parametrize("variables", [{}, {"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "threads"}], ids=str)
+    def test_an_affinity_set_by_the_program_is_a_limit_with_bound_threads_too(self, variables):
+        before = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        assert {cpus for cpus, _ in bound(before + AVAILABLE + "ask(); work(); ask()", variables)} == {1}
+        last = max(os.sched_getaffinity(0))
+        after = f"os.sched_setaffinity(0, [{last}]); ask(); work(); ask(); assert os.sched_getaffinity(0) == {{{last}}}"
+        assert bound(f"{AVAILABLE}work(); {after}", variables) == 2 * [[1, _threads.OF_PROCESS]]
+        assert bound(f"{AVAILABLE}def code(): {after}\nother(code)", variables) == 2 * [[1, _threads.OF_PROCESS]]
 
     def test_threadpoolctl(self):
         threadpoolctl = pytest.importorskip("threadpoolctl")
