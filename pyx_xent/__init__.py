@@ -14,10 +14,10 @@ torch.py        the functions and modules of PyTorch; imported on request
 reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
 """
 
-from ._config import VERSION as __version__
 from ._config import show_config
 from ._dispatch import active as isa
 from ._threads import get_num_threads, set_num_threads
+from ._version import __version__
 from .functional import (
     cross_entropy,
     cross_entropy_with_grad,

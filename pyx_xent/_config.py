@@ -1,13 +1,11 @@
 """What this build and this machine offer, for reports of problems and figures."""
 
 import platform
-from importlib.metadata import version
 
 import numpy as np
 
 from . import _dispatch, _runtime, _threads
-
-VERSION = version("pyx_xent")
+from ._version import __version__
 
 
 def _openmp_library():
@@ -15,11 +13,14 @@ def _openmp_library():
     if not _runtime.OPENMP:
         return None
     try:
-        with open("/proc/self/maps") as maps:
-            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line.rpartition("/")[2]}
+        # As bytes: any mapped file is listed, and the name of a file need be text in no encoding.
+        with open("/proc/self/maps", "rb") as maps:
+            fields = [line.split(maxsplit=5) for line in maps]
     except OSError:
         return "unknown"
-    return ", ".join(sorted(p for p in paths if p.rpartition("/")[2].startswith(("libgomp", "libomp", "libiomp")))) or "unknown"
+    paths = {columns[5].rstrip() for columns in fields if len(columns) == 6}
+    found = {path for path in paths if path.rpartition(b"/")[2].startswith((b"libgomp", b"libomp", b"libiomp"))}
+    return ", ".join(sorted(path.decode("utf-8", "backslashreplace") for path in found)) or "unknown"
 
 
 WITH_AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS's names of its kernels
@@ -65,7 +66,7 @@ def show_config():
     threads, reason = _threads.available()
     blas, blas_note = _blas()
     return {
-        "version": VERSION,
+        "version": __version__,
         "isa_compiled": list(_dispatch.compiled),
         "isa_supported": list(_dispatch.supported),
         "isa_active": _dispatch.active,

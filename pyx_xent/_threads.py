@@ -1,10 +1,11 @@
 """How many threads a call gets, and why.
 
-Never more than: what the caller asked for, the CPUs this process may run on, its cgroup's CPU quota, what OpenMP would use
-(OMP_NUM_THREADS, threadpoolctl), and what the work is worth. A forked child computes on one thread: GNU OpenMP's threads do
-not survive fork, and using them there hangs (gcc bug 60035).
+Never more than: what the caller asked for, the CPUs this process may run on, those that OpenMP binds its threads to, the
+cgroup's CPU quota, what OpenMP would use (OMP_NUM_THREADS, threadpoolctl), and what the work is worth. A forked child computes
+on one thread: GNU OpenMP's threads do not survive fork, and using them there hangs (gcc bug 60035).
 """
 
+import functools
 import math
 import operator
 import os
@@ -14,6 +15,12 @@ from . import _runtime
 
 # What a thread has to save: waking one takes about a microsecond while it still spins, some more when it sleeps.
 NANOSECONDS_WORTH_A_THREAD = 2000.0
+
+# Why there are so many CPUs, as show_config says it.
+OF_PROCESS = "CPUs this process may run on"
+OF_START = "CPUs this process could use when OpenMP was loaded"  # and bound the thread to some of them
+OF_PLACES = "CPUs that OpenMP binds threads to (OMP_PLACES, GOMP_CPU_AFFINITY or the like)"
+OF_ONE_PLACE = "CPUs of one OpenMP place: all threads stay there (OMP_PROC_BIND=primary or master)"
 
 _chosen = None  # by set_num_threads
 _forked = False
@@ -40,6 +47,7 @@ def _quota(folder):
     return None
 
 
+@functools.cache  # read at the first call that asks, not at import: a dozen small files
 def _cgroup_cpus(groups=Path("/proc/self/cgroup"), mounted=Path("/sys/fs/cgroup")):
     """The smallest CPU quota of this process's cgroups and of those above them; None if there is none."""
     try:
@@ -56,7 +64,35 @@ def _cgroup_cpus(groups=Path("/proc/self/cgroup"), mounted=Path("/sys/fs/cgroup"
     return min((cpus for cpus in found if cpus), default=None)
 
 
-_CGROUP_CPUS = _cgroup_cpus()
+_places = functools.cache(_runtime.openmp_places)  # a runtime decides once
+
+
+def _cpus():
+    """(CPUs for the threads of the calling thread, reason).
+
+    The affinity of a thread is what its process may use, until OpenMP binds the thread to one of its places, a part of that:
+    GNU's when the library is loaded and in a thread's first parallel region, LLVM's when it is first asked for anything.
+    The places were made from the affinity as it was before. So a thread in its place has the CPUs of all places, for there
+    the others will run. A thread with another affinity was given it by the program, and keeps to it.
+
+    Of two OpenMP runtimes in a process (scikit-learn's wheel has one of its own) the second sees what the first has left of
+    the affinity and really binds all its threads to that, so one CPU is the true answer there.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1, "CPUs"
+    affinity = os.sched_getaffinity(0)
+    places = _places()
+    if affinity in places:
+        own = places[_runtime.openmp_place()]
+        if os.sched_getaffinity(0) != affinity:  # asking has bound the thread
+            os.sched_setaffinity(0, affinity)
+        if affinity == own and _runtime.openmp_keeps_one_place():
+            return len(own), OF_ONE_PLACE
+        if affinity == own:
+            cpus, at_start = len(frozenset().union(*places)), _runtime.openmp_cpus()
+            # GOMP_CPU_AFFINITY may list CPUs that do not exist, or that the process may not use.
+            return (cpus, OF_PLACES) if cpus < at_start else (at_start, OF_START)
+    return len(affinity), OF_PROCESS
 
 
 def available():
@@ -65,13 +101,13 @@ def available():
         return 1, "built without OpenMP"
     if _forked:
         return 1, "forked child: OpenMP's threads do not survive fork"
-    limits = {"OpenMP (OMP_NUM_THREADS or its default)": _runtime.openmp_max_threads()}
-    if hasattr(os, "sched_getaffinity"):
-        limits["CPUs this process may run on"] = len(os.sched_getaffinity(0))
-    else:
-        limits["CPUs"] = os.cpu_count() or 1
-    if _CGROUP_CPUS is not None:
-        limits["cgroup CPU quota"] = _CGROUP_CPUS
+    openmp = _runtime.openmp_max_threads()  # before the CPUs: with this question LLVM's runtime binds the thread
+    cpus, reason = _cpus()
+    # Of equal limits the first is the reason, and OpenMP's default is the number of CPUs.
+    limits = {reason: cpus, "OpenMP (OMP_NUM_THREADS or its default)": openmp}
+    quota = _cgroup_cpus()
+    if quota is not None:
+        limits["cgroup CPU quota"] = quota
     chosen = _chosen  # read once: another thread may set it
     if chosen is not None:
         limits["set_num_threads"] = chosen

@@ -1,12 +1,14 @@
 """Instruction sets, threads, OpenMP, fork, and what the package says of itself."""
 
 import json
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,17 @@ def test_show_config_and_python_m_say_the_same():
     assert px.show_config()["version"] == px.__version__
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a name may be any bytes, and /proc lists mapped files")
+@pytest.mark.parametrize("name", [b"donn\xe9es.bin", "données.bin".encode(), b"a\romp", b"lib gomp"])
+def test_show_config_does_not_stumble_over_the_name_of_a_mapped_file(tmp_path, name):
+    before = px.show_config()["openmp_library"]
+    with open(os.path.join(os.fsencode(tmp_path), name), "w+b") as file:
+        file.write(bytes(4096))
+        file.flush()
+        with mmap.mmap(file.fileno(), 4096):
+            assert px.show_config()["openmp_library"] == before
+
+
 @pytest.mark.skipif("avx512" not in _dispatch.supported, reason="the processor has no AVX-512")
 def test_show_config_notices_an_openblas_that_takes_the_processor_for_an_older_one():
     pytest.importorskip("threadpoolctl")
@@ -96,9 +109,69 @@ def test_show_config_notices_an_openblas_that_takes_the_processor_for_an_older_o
     assert "try OPENBLAS" not in python(code, OPENBLAS_CORETYPE="SkylakeX").stdout
 
 
+# What a program on NumPy has not imported already, and what takes longer to import than this package.
+HEAVY = ("importlib.metadata", "email", "zipfile", "inspect", "ctypes", "threadpoolctl", "torch", "multiprocessing", "json")
+
+
+def test_import_loads_no_heavy_standard_module():
+    code = f"""if True:
+        import sys, numpy
+        before = set(sys.modules)
+        import pyx_xent
+        print([name for name in {HEAVY} if name in sys.modules and name not in before])"""
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_a_copy_without_its_metadata_can_be_imported(tmp_path):
+    """Vendored, frozen, or a build tree on PYTHONPATH: nothing but the package's folder and NumPy."""
+    shutil.copytree(PACKAGE, tmp_path / "pyx_xent")
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for name in ("numpy", "numpy.libs"):
+        if (site := Path(np.__file__).parents[1] / name).exists():
+            (dependencies / name).symlink_to(site)
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import pyx_xent; print(pyx_xent.__version__)"
+    command = [sys.executable, "-S", "-E", "-c", code, str(tmp_path), str(dependencies)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout.strip() == px.__version__, result.stderr
+
+
+def test_the_version_of_the_metadata_is_that_of_the_package():
+    assert version("pyx_xent") == px.__version__
+
+
 def test_public_names():
     for name in px.__all__:
         assert getattr(px, name) is not None
+
+
+needs_affinity = pytest.mark.skipif(
+    not _runtime.OPENMP or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs OpenMP, and an affinity of two CPUs",
+)
+AVAILABLE = """if True:
+    import json, os, threading, numpy as np, pyx_xent as px
+    from pyx_xent import _threads
+    _threads._cgroup_cpus = lambda: None
+    def ask():
+        print(json.dumps(_threads.available()))
+    def work():
+        px.cross_entropy(np.zeros((1000, 1000), np.float32), np.zeros(1000, int))
+    def other(code):
+        thread = threading.Thread(target=code)
+        thread.start()
+        thread.join()
+"""
+
+
+def bound(code, variables):
+    """What AVAILABLE's ask() prints in a new process under these variables of OpenMP, and under no other."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 PERIOD = {"cpu,cpuacct/a/cpu.cfs_period_us": "100000"}  # of version 1
@@ -127,7 +200,7 @@ class TestThreads:
 
     def test_limits_are_kept(self, monkeypatch):
         monkeypatch.setattr(_threads._runtime, "openmp_max_threads", lambda: 64)
-        monkeypatch.setattr(_threads, "_CGROUP_CPUS", 3)
+        monkeypatch.setattr(_threads, "_cgroup_cpus", lambda: 3)
         monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: range(5), raising=False)
         if _runtime.OPENMP:
             assert _threads.available() == (3, "cgroup CPU quota")
@@ -152,6 +225,47 @@ class TestThreads:
         if hasattr(os, "sched_setaffinity"):
             one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + code
             assert python(one).stdout.strip() == "1"
+
+    BINDINGS = (
+        {"OMP_PROC_BIND": "true"}, {"OMP_PROC_BIND": "spread", "OMP_PLACES": "threads"}, {"OMP_PLACES": "cores"},
+        {"GOMP_CPU_AFFINITY": "0-4095"}, {"KMP_AFFINITY": "granularity=fine,compact"}, {"OMP_PROC_BIND": "false"},
+    )  # fmt: skip
+
+    @needs_affinity
+    @pytest.mark.parametrize("variables", BINDINGS, ids=str)
+    def test_binding_threads_leaves_all_cpus_to_us(self, variables):
+        """Before the first parallel region, after it, and in other threads of Python, which inherit the first one's place."""
+        asked = "ask(); work(); ask(); other(lambda: (ask(), work(), ask()))"
+        for first in ("", "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL('libgomp.so.1')\n"):
+            found = bound(first + AVAILABLE + asked, variables)
+            assert {cpus for cpus, _ in found} == {len(os.sched_getaffinity(0))}
+            assert {reason for _, reason in found} <= {_threads.OF_PROCESS, _threads.OF_START}
+
+    @needs_affinity
+    def test_binding_threads_when_torch_is_there_first_leaves_all_cpus_to_us(self):
+        pytest.importorskip("torch")
+        found = bound(f"import torch\n{AVAILABLE}ask(); work(); ask()", {"OMP_PROC_BIND": "true"})
+        assert found == 2 * [[len(os.sched_getaffinity(0)), _threads.OF_START]]
+
+    @needs_affinity
+    def test_places_on_some_cpus_are_a_limit(self):
+        one, two = sorted(os.sched_getaffinity(0))[:2]
+        everywhere = bound(AVAILABLE + "work(); ask()", {"OMP_PLACES": f"{{{one},{two}}}"})
+        assert everywhere == [[2, _threads.OF_START if len(os.sched_getaffinity(0)) == 2 else _threads.OF_PLACES]]
+        for variables in ({"OMP_PLACES": f"{{{two}}}"}, {"GOMP_CPU_AFFINITY": str(two)}):
+            assert bound(AVAILABLE + "ask(); work(); ask()", variables) == 2 * [[1, _threads.OF_PLACES]]
+        found = bound(AVAILABLE + "ask(); work(); ask()", {"OMP_PROC_BIND": "master", "OMP_PLACES": "threads"})
+        assert found == 2 * [[1, _threads.OF_ONE_PLACE]]
+
+    @needs_affinity
+    @pytest.mark.parametrize("variables", [{}, {"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "threads"}], ids=str)
+    def test_an_affinity_set_by_the_program_is_a_limit_with_bound_threads_too(self, variables):
+        before = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        assert {cpus for cpus, _ in bound(before + AVAILABLE + "ask(); work(); ask()", variables)} == {1}
+        last = max(os.sched_getaffinity(0))
+        after = f"os.sched_setaffinity(0, [{last}]); ask(); work(); ask(); assert os.sched_getaffinity(0) == {{{last}}}"
+        assert bound(f"{AVAILABLE}work(); {after}", variables) == 2 * [[1, _threads.OF_PROCESS]]
+        assert bound(f"{AVAILABLE}def code(): {after}\nother(code)", variables) == 2 * [[1, _threads.OF_PROCESS]]
 
     def test_threadpoolctl(self):
         threadpoolctl = pytest.importorskip("threadpoolctl")
