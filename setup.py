@@ -38,7 +38,12 @@ DIRECTIVES = {
 
 on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
 isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
-included = [str(path) for pattern in ("*.pxd", "*.pxi", "*.h", "_kernels/*.pxi", "_kernels/*.h") for path in sorted(Path("pyx_xent").glob(pattern))]
+kernels = [f"_kernels.{isa}_{precision}" for isa in isas for precision in ("float", "double")]
+included = [
+    str(path)
+    for pattern in ("*.pxd", "*.pxi", "*.h", "_kernels/*.pxi", "_kernels/*.h")
+    for path in sorted(Path("pyx_xent").glob(pattern))
+]
 
 
 class BuildKernels(build_ext):
@@ -51,7 +56,9 @@ class BuildKernels(build_ext):
             extension.extra_compile_args += compile_openmp
             extension.extra_link_args += link_openmp
             if "._kernels." in extension.name:
-                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[extension.name.rpartition(".")[2].partition("_")[0]][kind]
+                extension.extra_compile_args += (
+                    KERNEL_FLAGS[kind] + ISA_FLAGS[extension.name.rpartition(".")[2].partition("_")[0]][kind]
+                )
         super().build_extensions()
 
     def has_openmp(self, kind):
@@ -86,7 +93,7 @@ def extension(name):
 
 setup(
     ext_modules=cythonize(
-        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}_{precision}" for isa in isas for precision in ("float", "double")))],
+        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *kernels)],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

@@ -1,13 +1,15 @@
 """Cross-entropy, softmax and their gradients on CPUs.
 
-functional.py ── _arguments.pyx      every argument checked, then a Problem: plain memory
+functional.py ── _arguments.pyx      every argument checked, then a Problem: plain memory, and a plan (_plan.pxi)
       │
-      └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512}
+      └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512, neon}_{float, double}
                                        batch.pxi              rows handed to threads
-                                         operations.pxi         what is computed of a block of rows
-                                           blocks.pxi work.pxi    maximum and sum, gradient of up to ROWS rows; of one
-                                             lanes.pxi              LANES columns or rows
-                                               exp.pxi                one number
+                                         tile.pxi               few classes: LANES rows, one in each lane
+                                         row.pxi                many classes: a row at a time
+                                           loss.pxi               what happens once a row, for LANES rows at once
+                                           steps.pxi copy.pxi     loops over vectors; strides and half types
+                                             exp.pxi                one vector
+                                               vectors.h              what a vector is on this processor
 linear.py       a linear layer and its loss, some rows at a time
 losses.py       objects with the constructors of torch.nn
 torch.py        the functions and modules of PyTorch; imported on request

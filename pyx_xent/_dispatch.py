@@ -18,7 +18,7 @@ supported = tuple(isa for isa in compiled if ISAS.index(isa) <= _runtime.x86_lev
 
 
 def load(isa):
-    """The kernel modules of `isa`, {"float": module, "double": module}; ImportError if this processor or this build lacks them."""
+    """The kernel modules of `isa` by precision, "float" and "double"; ImportError if this processor or build lacks them."""
     if isa not in supported:
         raise ImportError(f"PYX_XENT_ISA={isa} is not available here; this processor and build have: {', '.join(supported)}")
     return {

@@ -1,6 +1,6 @@
 """The functions: NumPy in, NumPy out. Each checks its arguments, runs a kernel, and returns what was asked for."""
 
-from . import _arguments, _dispatch
+from . import _arguments
 
 __all__ = [
     "cross_entropy",

@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from . import _arguments, _dispatch, _threads
+from . import _arguments, _threads
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 

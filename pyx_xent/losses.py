@@ -1,6 +1,6 @@
 """Objects with the constructors of torch.nn's modules: called for the loss, asked afterwards for the gradient."""
 
-from . import _arguments, _dispatch, functional
+from . import _arguments, functional
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "Softmax"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
 
-from . import _arguments, _dispatch, linear
+from . import _arguments, linear
 
 __all__ = [
     "CrossEntropyLoss",

@@ -31,14 +31,15 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
     ("two axes pass for one", ARGUMENTS, "            elif stride != expected:", "            elif False:"),
     ("sample weights may be too few", ARGUMENTS, "if not is_one_per_row(samples, x, call.axis) and (", "if False and ("),
     ("upstream gradients may be too few", ARGUMENTS, "elif not is_one_per_row(array, call.logits, call.axis):", "elif False:"),
-    ("the scratch is too small", PLAN, "        area = plan.rows * p.classes\n", "        area = plan.rows * (p.classes - 1)\n"),
+    ("the scratch is too small", PLAN, "        area = plan.rows * p.classes\n",
+     "        area = plan.rows * (p.classes - 1)\n"),
     ("ignored rows count in the mean", ARGUMENTS, "if p.target != NULL and p.target[i] < 0:", "if False:"),
     ("no threads are as good as one", THREADS, "    if number < 1:", "    if number < -9:"),
     ("a row is read beyond its end", ROW, "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes, cached, stride)",
      "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes + 1, cached, stride)"),
     ("a tile is read beyond the last row", COPY, "data + k * array.inner * size_of(array.storage), array.storage, array.inner, "
-     "lanes_left(run, k), classes,\n                    in_panel", "data + k * array.inner * size_of(array.storage), array.storage, "
-     "array.inner, LANES, classes,\n                    in_panel"),
+     "lanes_left(run, k), classes,\n                    in_panel",
+     "data + k * array.inner * size_of(array.storage), array.storage, array.inner, LANES, classes,\n                    in_panel"),
     ("a batch is one row too large", BATCH, "min(end - position, p.inner - batches[now].inner))",
      "min(end - position + 1, p.inner - batches[now].inner))"),
     ("slices overlap the end", BATCH, "min(first + (part + 1) * p.plan.part, end)", "first + (part + 1) * p.plan.part"),

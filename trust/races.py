@@ -16,8 +16,12 @@ SANITIZE = "-fsanitize=thread -shared-libsan"
 BATCH = "pyx_xent/_kernels/batch.pxi"
 PLANTED = {  # what is wrong: (where, the right code, the wrong code) for each change
     "all threads share a scratch": [(BATCH, "p.plan.part, end), threadid())", "p.plan.part, end), 0)")],
-    "threads that share a row discard in one place": [(BATCH, "shared_sum(p, b, segment, threadid())", "shared_sum(p, b, segment, 0)")],
-    "segments write into the first one": [(BATCH, "shared_entries(p, b, segment, threadid())", "shared_entries(p, b, 0, threadid())")],
+    "threads that share a row discard in one place": [
+        (BATCH, "shared_sum(p, b, segment, threadid())", "shared_sum(p, b, segment, 0)")
+    ],
+    "segments write into the first one": [
+        (BATCH, "shared_entries(p, b, segment, threadid())", "shared_entries(p, b, 0, threadid())")
+    ],
     "segments of a row share a sum": [(BATCH, "shared_sum(p, b, segment, threadid())", "shared_sum(p, b, 0, threadid())")],
 }
 
