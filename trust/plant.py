@@ -39,7 +39,8 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
      "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes + 1, cached, stride)"),
     ("a tile is read beyond the last row", COPY, "data + k * array.inner * size_of(array.storage), array.storage, array.inner, "
      "lanes_left(run, k), classes,\n                    in_panel",
-     "data + k * array.inner * size_of(array.storage), array.storage, array.inner, LANES, classes,\n                    in_panel"),
+     "data + k * array.inner * size_of(array.storage), array.storage, array.inner, LANES, classes,\n"
+     "                    in_panel"),
     ("a batch is one row too large", BATCH, "min(end - position, p.inner - batches[now].inner))",
      "min(end - position + 1, p.inner - batches[now].inner))"),
     ("slices overlap the end", BATCH, "min(first + (part + 1) * p.plan.part, end)", "first + (part + 1) * p.plan.part"),
