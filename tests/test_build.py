@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from conftest import same_bits
 
 import pyx_xent as px
+import trust.build
 from pyx_xent import _dispatch, _runtime, _threads
 
 PACKAGE = Path(px.__file__).parent
@@ -332,3 +334,109 @@ def test_build_without_openmp(tmp_path, rng):
     loss, grad = px.cross_entropy_with_grad(logits, target)
     assert same_bits(result["loss"], loss)
     assert same_bits(result["grad"], grad)
+
+
+def source_tree(folder, isa):
+    """The sources with kernels of one instruction set, and the C of earlier builds, which saves Cython's time."""
+    source = Path(__file__).parents[1]
+    if not (source / "setup.py").exists():
+        pytest.skip("not run from the source tree")
+    pytest.importorskip("Cython")
+
+    def unwanted(_, names):
+        return [n for n in names if n.startswith(".") or n in ("build", "tests", "docs") or n.endswith((".so", ".egg-info"))]
+
+    shutil.copytree(source, folder, ignore=unwanted)
+    trust.build.only(folder, isa)
+    return folder
+
+
+def build_ext(folder, **variables):
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace", "-j2"],
+        cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+unix = pytest.mark.skipif(os.name != "posix", reason="flags of gcc and clang")
+COMPILER = os.environ.get("CC", sysconfig.get_config_var("CC") or "cc")
+FAST = "-O2 -ffast-math -funsafe-math-optimizations -fassociative-math -fno-signed-zeros -freciprocal-math -Ofast"
+EVERY_KIND_OF_VALUE = """if True:
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import numpy as np, pyx_xent as px
+    tiny = np.finfo(np.float32).smallest_subnormal
+    assert str(px.__file__).startswith(sys.argv[1]) and tiny * np.float32(1) > 0, "subnormals are flushed"
+    rng, results = np.random.default_rng(0), []
+    for dtype in (np.float32, np.float64):
+        for classes in (3, 10, 37, 1000):
+            logits = (4 * rng.normal(size=(64, classes))).astype(dtype)
+            target = rng.integers(0, classes, 64)
+            logits[3, 1], logits[7, 2], logits[9, 0], logits[11] = np.nan, np.inf, -np.inf, -np.inf
+            logits[13] = -1e30  # all equal, and far from zero
+            logits[13, target[13]] = 0  # a confident row: its loss is smaller than an ulp of 1
+            logits[17] = np.where(np.arange(classes) == target[17], 30, 0)
+            logits[19, 1:] -= 700 if dtype is np.float64 else 90  # subnormal probabilities
+            logits[23] = -0.0
+            target[5] = -100
+            for options in ({}, {"label_smoothing": 0.1}, {"weight": rng.random(classes)}):
+                results += px.cross_entropy_with_grad(logits, target, reduction="none", **options)
+            probabilities = rng.dirichlet(np.ones(classes), 64).astype(dtype)
+            results += px.cross_entropy_with_grad(logits, probabilities, reduction="sum")
+            results += [px.softmax(logits), px.log_softmax(logits), px.softmax_backward(logits, px.softmax(logits))]
+            results += [px.cross_entropy(logits[:2], [-100, -100])]
+    for smoothing in (np.nan, np.inf):
+        try:
+            px.cross_entropy(logits, target, label_smoothing=smoothing)
+        except ValueError:
+            continue
+        raise AssertionError(smoothing)
+    np.savez(sys.argv[2], *results)"""
+
+
+@unix
+def test_fast_math_in_cc_cflags_and_ldflags_changes_no_bit(tmp_path):
+    isa = _dispatch.supported[-1]
+    tree = source_tree(tmp_path / "tree", isa)
+    result = build_ext(tree, CC=f"{COMPILER} -ffast-math", CFLAGS=FAST, LDFLAGS="-ffast-math -Ofast")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.stdout.count("-ffast-math") > 5
+    found = []
+    for folder in (PACKAGE.parent, tree):
+        file = tmp_path / f"{len(found)}.npz"
+        run = subprocess.run(
+            [sys.executable, "-c", EVERY_KIND_OF_VALUE, str(folder), str(file)],
+            env={**os.environ, "PYX_XENT_ISA": isa}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        found.append(np.load(file))
+    ours, fast = found
+    assert len(ours.files) == len(fast.files) > 80
+    for name in ours.files:
+        assert same_bits(ours[name], fast[name]), name
+
+
+@unix
+@pytest.mark.parametrize(
+    ("variables", "appended", "culprit"),
+    [
+        ({"CFLAGS": "-fsingle-precision-constant"}, "", "-fsingle-precision-constant"),
+        ({}, "-ffast-math", "-ffast-math"),
+        ({}, "-Ofast", "crtfastmath.o"),
+        ({}, "-ffinite-math-only", "-ffinite-math-only"),
+    ],
+    ids=str,
+)
+def test_what_flags_of_ours_cannot_undo_is_refused_by_name(tmp_path, variables, appended, culprit):
+    """As a wrapper of the compiler does that adds its flags after all others."""
+    tree = source_tree(tmp_path / "tree", "baseline")
+    for module in tree.glob("pyx_xent/**/*.pyx"):
+        module.with_suffix(".c").unlink(missing_ok=True)
+        module.write_text("")
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" {appended}\n')
+    wrapper.chmod(0o755)
+    result = build_ext(tree, CC=str(wrapper), **variables)
+    assert result.returncode != 0
+    assert f"error: pyx_xent would compute something else with {culprit}" in result.stderr
+    assert not list(tree.glob("**/*.o"))
