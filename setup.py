@@ -4,7 +4,7 @@ PYX_XENT_OPENMP=0 builds without OpenMP. A compiler that cannot link OpenMP is n
 """
 
 import os
-import platform
+import runpy
 import shlex
 import tempfile
 from pathlib import Path
@@ -15,9 +15,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
+_isas = runpy.run_path("pyx_xent/_isas.py")  # its package cannot be imported before it is built
+isas = _isas["of_machine"]()
 # v3 is AVX2 + FMA, v4 is AVX-512 F/BW/CD/DQ/VL; _cpu.h checks for the same sets before a module is imported.
 ISA_FLAGS = {
     "baseline": {"unix": [], "msvc": []},
+    "neon": {"unix": [], "msvc": []},  # every aarch64 has it, with FMA
     "avx2": {"unix": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
     "avx512": {"unix": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "msvc": ["/arch:AVX512"]},
 }
@@ -39,8 +42,7 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
-on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
-isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
+kernels = [f"_kernels.{module}" for isa in isas for module in _isas["modules"](isa)]
 included = [str(path) for pattern in ("*.pxd", "*.h", "_kernels/*.pxi") for path in sorted(Path("pyx_xent").glob(pattern))]
 
 
@@ -54,7 +56,7 @@ class BuildKernels(build_ext):
             extension.extra_compile_args += compile_openmp
             extension.extra_link_args += link_openmp
             if "._kernels." in extension.name:
-                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[extension.name.rpartition(".")[2]][kind]
+                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[_isas["of_module"](extension.name)][kind]
         super().build_extensions()
 
     def has_openmp(self, kind):
@@ -89,7 +91,7 @@ def extension(name):
 
 setup(
     ext_modules=cythonize(
-        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
+        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *kernels)],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

@@ -2,7 +2,7 @@
 
 functional.py ── _arguments.pyx      every argument checked, then a Problem: plain memory
       │
-      └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512}
+      └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512, neon}
                                        batch.pxi              rows handed to threads
                                          operations.pxi         what is computed of a block of rows
                                            blocks.pxi work.pxi    maximum and sum, gradient of up to ROWS rows; of one

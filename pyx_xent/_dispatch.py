@@ -9,11 +9,16 @@ import importlib.util
 import os
 from contextlib import contextmanager
 
-from . import _runtime
+from . import _isas, _runtime
 
-ISAS = ("baseline", "avx2", "avx512")  # slowest first; the index is the level of _runtime.x86_level()
+ISAS = _isas.of_machine()
 
-compiled = tuple(isa for isa in ISAS if importlib.util.find_spec(f"{__package__}._kernels.{isa}"))
+
+def _modules(isa):
+    return [f"{__package__}._kernels.{module}" for module in _isas.modules(isa)]
+
+
+compiled = tuple(isa for isa in ISAS if all(map(importlib.util.find_spec, _modules(isa))))
 supported = tuple(isa for isa in compiled if ISAS.index(isa) <= _runtime.x86_level())
 
 
@@ -21,7 +26,8 @@ def load(isa):
     """The kernel module for `isa`; ImportError if this processor or this build does not have it."""
     if isa not in supported:
         raise ImportError(f"PYX_XENT_ISA={isa} is not available here; this processor and build have: {', '.join(supported)}")
-    return importlib.import_module(f"{__package__}._kernels.{isa}")
+    (module,) = _modules(isa)
+    return importlib.import_module(module)
 
 
 active = os.environ.get("PYX_XENT_ISA") or supported[-1]
