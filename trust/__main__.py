@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pyx_xent import _dispatch
 
 from . import (
+    aarch64,
     accuracy,
     bits,
     build,
@@ -219,7 +220,7 @@ def run_emulate(arguments):
             f"{isa} kernels, ImportError for faster ones; {digests} digests as on this processor; {calls:,} random calls right"
         )
         lines.append((f"emulated {processor}", told))
-    return Finding(lines)
+    return Finding(lines + aarch64.check(arguments.aarch64, arguments.seed, arguments.jobs))
 
 
 def run_sizes(arguments):
@@ -261,7 +262,8 @@ CHECKS = [
     Check("callers", 5, run_callers, "Python threads that call at once", {"callers": 8, "seconds": 60}),
     Check("limits", 5, run_limits, "what limits threads"),
     Check("imports", 5, run_imports, "every order of importing this and other libraries"),
-    Check("emulate", 6, run_emulate, "older processors, emulated by qemu", {"calls": 1000}),
+    Check("emulate", 6, run_emulate, "older processors and aarch64, emulated by qemu; FOLDER: see trust/aarch64.py",
+          {"calls": 1000, "aarch64": ""}),
     Check("sizes", 7, run_sizes, "more elements than 32 bits count"),
     Check("free-threaded", 8, run_free_threaded, "a Python without a global lock", {"python": "", "callers": 8, "seconds": 30}),
     Check("memory", 9, run_memory, "calls without the memory they need", {"steps": 40, "step_mb": 4}),
