@@ -21,6 +21,7 @@ from . import (
     bits,
     build,
     callers,
+    clang,
     emulation,
     exp,
     free_threaded,
@@ -86,6 +87,10 @@ def run_bits(arguments):
     found = sum(parallel(bits.check, jobs, arguments, "problems"), Counter())
     return Finding([(f"{what}, {arguments.problems:,} random problems", f"{count:,} arrays, no other bit")
                     for what, count in found.items()])  # fmt: skip
+
+
+def run_clang(arguments):
+    return Finding(clang.check(FOLDER / "clang", arguments.seed))
 
 
 # 3. Memory
@@ -251,6 +256,7 @@ CHECKS = [
     Check("accuracy", 1, run_accuracy, "errors of losses, softmax and gradients, beside other libraries"),
     Check("exp", 1, run_exp, "the largest error of the kernels' exponential", {"doubles": 100_000_000}),
     Check("bits", 2, run_bits, "the same bits, whatever does not matter", {"problems": 1000}),
+    Check("clang", 2, run_clang, "clang's build: the same bits as gcc's, and the tests"),
     Check("fuzz", 3, run_fuzz, "random calls of the public functions", {"calls": 100_000}),
     Check("sanitize", 3, run_sanitize, "random calls, many callers and the tests under gcc's sanitizers",
           {"calls": 1_100_000, "seconds": 60}),
