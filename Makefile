@@ -6,7 +6,7 @@ TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
 BASELINE := file://./.benchmarks/baseline
 SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
 
-.PHONY: demo test bench bench-quick bench-save bench-compare asan trust lint clean
+.PHONY: demo test bench bench-quick bench-save bench-compare asan clang trust lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -38,14 +38,20 @@ asan: $(VENV)/trust
 	$(BIN)/python -m trust sanitize --calls 100000
 	$(BIN)/python -m trust plant
 
+# clang's build in a temporary copy: the bits of gcc's, and the tests.
+clang: $(VENV)/trust
+	$(BIN)/python -m trust clang
+
 # All of trust/, in about an hour, and TRUST.md of what it found. It uses what is installed beforehand of PyTorch,
-# and a free-threaded Python where there is one.
-CHECKS := accuracy exp bits fuzz sanitize plant valgrind races interrupts forks callers limits imports emulate sizes memory
+# and a free-threaded Python where there is one. AARCH64=FOLDER adds aarch64: FOLDER holds the emulated Python, made at first.
+CHECKS := accuracy exp bits clang fuzz sanitize plant valgrind races interrupts forks callers limits imports sizes memory
+AARCH64 ?=
 FREE_THREADED ?= $(shell command -v python3.14t || command -v python3.13t)
 trust: $(VENV)/trust
 	@for tool in valgrind qemu-x86_64 clang-19; do command -v $$tool >/dev/null || \
 	{ echo "$$tool is missing. Debian: apt install gcc valgrind qemu-user clang-19 libomp-19-dev"; exit 1; }; done
 	set -e; for check in $(CHECKS); do $(BIN)/python -m trust $$check; done
+	$(BIN)/python -m trust emulate --aarch64 "$(AARCH64)"
 	$(BIN)/python -m trust free-threaded --python "$(FREE_THREADED)"
 	$(BIN)/python -m trust report
 

@@ -4,7 +4,7 @@ PYX_XENT_OPENMP=0 builds without OpenMP. A compiler that cannot link OpenMP is n
 """
 
 import os
-import platform
+import runpy
 import shlex
 import subprocess
 import tempfile
@@ -16,11 +16,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
-
+_isas = runpy.run_path("pyx_xent/_isas.py")  # its package cannot be imported before it is built
+isas = _isas["of_machine"]()
 # v3 is AVX2 + FMA, v4 is AVX-512 F/BW/CD/DQ/VL; _cpu.h checks for the same sets before a module is imported.
 ISA_FLAGS = {
     "baseline": {"unix": [], "msvc": []},
+    "neon": {"unix": [], "msvc": []},  # every aarch64 has it, with FMA
     "avx2": {"unix": ["-march=x86-64-v3"], "msvc": ["/arch:AVX2"]},
     "avx512": {"unix": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "msvc": ["/arch:AVX512"]},
 }
@@ -44,7 +45,7 @@ REFUSED_MACROS = {
     "__ASSOCIATIVE_MATH__ 1": "-fassociative-math",
     "__RECIPROCAL_MATH__ 1": "-freciprocal-math",
 }
-if on_x86_64:  # elsewhere wider intermediate results may be all there is
+if "avx2" in isas:  # x86-64; elsewhere wider intermediate results may be all there is
     REFUSED_MACROS |= {"__FLT_EVAL_METHOD__ 2": "-mfpmath=387", "__FLT_EVAL_METHOD__ -1": "-mfpmath=both"}
 OPENMP_FLAGS = {"unix": (["-fopenmp"], ["-fopenmp"]), "msvc": (["/openmp"], [])}
 DIRECTIVES = {
@@ -56,8 +57,7 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
-isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
-kernels = [f"_kernels.{isa}_{precision}" for isa in isas for precision in ("float", "double")]
+kernels = [module.removeprefix("pyx_xent.") for isa in isas for module in _isas["modules"](isa).values()]
 included = [
     str(path)
     for pattern in ("*.pxd", "*.pxi", "*.h", "_kernels/*.pxi", "_kernels/*.h")
@@ -77,8 +77,7 @@ class BuildKernels(build_ext):
             extension.extra_compile_args += compile_openmp + STRICT_FLAGS[kind]
             extension.extra_link_args += link_openmp + (STRICT_FLAGS[kind] if kind == "unix" else [])
             if "._kernels." in extension.name:
-                isa = extension.name.rpartition(".")[2].partition("_")[0]
-                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[isa][kind]
+                extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[_isas["of_module"](extension.name)][kind]
         super().build_extensions()
 
     def refuse_other_arithmetic(self):

@@ -511,15 +511,15 @@ cdef double reduced(Call call):
 ctypedef int (*Kernels)(const Problem*) except -1
 
 cdef Kernels float_kernels = NULL, double_kernels = NULL
-cdef int isa_level = 0
+cdef double nanoseconds_of_number = 1
 
 
-def use_kernels(in_float, in_double, int level):
-    """What run() computes with from now on: `run` of a kernel module of each precision, and the index of their instruction set."""
-    global float_kernels, double_kernels, isa_level
+def use_kernels(in_float, in_double, str isa):
+    """What run() computes with from now on: `run` of a kernel module of each precision, and their instruction set."""
+    global float_kernels, double_kernels, nanoseconds_of_number
     float_kernels = <Kernels>PyCapsule_GetPointer(in_float, "pyx_xent.run_problem")
     double_kernels = <Kernels>PyCapsule_GetPointer(in_double, "pyx_xent.run_problem")
-    isa_level = level
+    nanoseconds_of_number = NANOSECONDS[isa]
 
 
 cdef class Call:

@@ -9,11 +9,11 @@ import importlib.util
 import os
 from contextlib import contextmanager
 
-from . import _arguments, _runtime
+from . import _arguments, _isas, _runtime
 
-ISAS = ("baseline", "avx2", "avx512")  # slowest first; the index is the level of _runtime.x86_level()
+ISAS = _isas.of_machine()
 
-compiled = tuple(isa for isa in ISAS if importlib.util.find_spec(f"{__package__}._kernels.{isa}_float"))
+compiled = tuple(isa for isa in ISAS if all(map(importlib.util.find_spec, _isas.modules(isa).values())))
 supported = tuple(isa for isa in compiled if ISAS.index(isa) <= _runtime.x86_level())
 
 
@@ -21,9 +21,7 @@ def load(isa):
     """The kernel modules of `isa` by precision, "float" and "double"; ImportError if this processor or build lacks them."""
     if isa not in supported:
         raise ImportError(f"PYX_XENT_ISA={isa} is not available here; this processor and build have: {', '.join(supported)}")
-    return {
-        precision: importlib.import_module(f"{__package__}._kernels.{isa}_{precision}") for precision in ("float", "double")
-    }
+    return {precision: importlib.import_module(module) for precision, module in _isas.modules(isa).items()}
 
 
 def exponentials(isa, x, out):
@@ -35,7 +33,7 @@ def activate(isa):
     """Compute with `isa` from now on, in the whole process."""
     global active
     kernels = load(isa)
-    _arguments.use_kernels(kernels["float"].run, kernels["double"].run, ISAS.index(isa))
+    _arguments.use_kernels(kernels["float"].run, kernels["double"].run, isa)
     active = isa
 
 

@@ -26,16 +26,21 @@ static inline void pyx_xent_leave(pyx_xent_environment before, void *result) {
 }
 
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-typedef unsigned long long pyx_xent_environment;
+typedef struct {
+  unsigned long long control, flags;
+} pyx_xent_environment;
 static inline pyx_xent_environment pyx_xent_enter(void) {
-  unsigned long long before, normal = 0;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+  pyx_xent_environment before;
+  unsigned long long normal = 0;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(before.control));
+  __asm__ volatile("mrs %0, fpsr" : "=r"(before.flags));
   __asm__ volatile("msr fpcr, %0" : : "r"(normal) : "memory");
   return before;
 }
 static inline void pyx_xent_leave(pyx_xent_environment before, void *result) {
   PYX_XENT_IN_MEMORY(result);
-  __asm__ volatile("msr fpcr, %0" : : "r"(before) : "memory");
+  __asm__ volatile("msr fpcr, %0" : : "r"(before.control) : "memory");
+  __asm__ volatile("msr fpsr, %0" : : "r"(before.flags) : "memory");
 }
 
 #else

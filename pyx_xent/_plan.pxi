@@ -10,8 +10,8 @@ cdef enum:
     CLASSES_WORTH_SHARING = 1 << 15   # so many classes of a row are worth waking threads for
     PARTS_OF_A_THREAD = 8         # even out ignored rows and a busy core
 
-# Nanoseconds that a number takes, roughly, for loss and gradient in float, by the instruction set's index: for the threads only.
-cdef double[3] NANOSECONDS = [1.5, 0.5, 0.3]
+# Nanoseconds that a number takes, roughly, for loss and gradient in float: for the number of threads only.
+cdef dict NANOSECONDS = {"baseline": 1.5, "neon": 0.8, "avx2": 0.5, "avx512": 0.3}
 cdef double NANOSECONDS_WORTH_A_PART = 1000.0
 
 
@@ -35,7 +35,7 @@ cdef int plan(Call call) except -1:
     cdef int k
     cdef bint few = p.classes <= FEW_CLASSES
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
-    cdef double nanoseconds = NANOSECONDS[isa_level] * p.classes * positions * (2 if p.is_double else 1)
+    cdef double nanoseconds = nanoseconds_of_number * p.classes * positions * (2 if p.is_double else 1)
     plan.num_threads = 1 if call.threads_asked == 1 else _threads.limited(call.threads_asked, nanoseconds)
     plan.shared = (
         plan.num_threads > 1 and positions < min(4 * plan.num_threads, <int>FLOAT_LANES) and p.classes >= CLASSES_WORTH_SHARING

@@ -18,7 +18,7 @@ from conftest import same_bits
 
 import pyx_xent as px
 import trust.build
-from pyx_xent import _dispatch, _runtime, _threads
+from pyx_xent import _dispatch, _isas, _runtime, _threads
 
 PACKAGE = Path(px.__file__).parent
 
@@ -30,7 +30,7 @@ def python(code, **environment):
 
 
 def test_best_supported_isa_is_the_active_one():
-    assert _dispatch.compiled[0] == "baseline"
+    assert _dispatch.compiled == _isas.of_machine()
     result = python("import pyx_xent; print(pyx_xent.isa)", PYX_XENT_ISA="")
     assert result.stdout.strip() == _dispatch.supported[-1]
 
@@ -49,14 +49,30 @@ def test_environment_chooses_the_isa(isa):
 
 def test_an_isa_that_is_not_there_is_an_import_error_that_names_what_is():
     result = python("import pyx_xent", PYX_XENT_ISA="avx1024")
-    assert "ImportError: PYX_XENT_ISA=avx1024 is not available here; this processor and build have: baseline" in result.stderr
+    have = ", ".join(_dispatch.supported)
+    assert f"ImportError: PYX_XENT_ISA=avx1024 is not available here; this processor and build have: {have}\n" in result.stderr
 
 
 def test_only_the_chosen_kernels_are_imported():
-    code = "import pyx_xent, sys; print(*sorted(m for m in sys.modules if m.startswith('pyx_xent._kernels.')))"
-    assert python(code, PYX_XENT_ISA="baseline").stdout.strip() == (
-        "pyx_xent._kernels.baseline_double pyx_xent._kernels.baseline_float"
-    )
+    code = "import pyx_xent, sys; print(sorted(m for m in sys.modules if m.startswith('pyx_xent._kernels.')))"
+    isa = _dispatch.supported[0]
+    assert python(code, PYX_XENT_ISA=isa).stdout.strip() == str(sorted(_isas.modules(isa).values()))
+
+
+@pytest.mark.parametrize(
+    ("machine", "isas"),
+    [
+        ("x86_64", ["baseline", "avx2", "avx512"]),
+        ("AMD64", ["baseline", "avx2", "avx512"]),
+        ("aarch64", ["neon"]),
+        ("arm64", ["neon"]),
+        ("riscv64", ["baseline"]),
+    ],
+)
+def test_each_kind_of_processor_has_its_instruction_sets(monkeypatch, machine, isas):
+    monkeypatch.setattr(_isas.platform, "machine", lambda: machine)
+    assert list(_isas.of_machine()) == isas
+    assert {_isas.of_module(module) for isa in isas for module in _isas.modules(isa).values()} == set(isas)
 
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
@@ -68,11 +84,12 @@ def test_baseline_modules_hold_no_avx():
         code = subprocess.run(["objdump", "-d", str(file)], capture_output=True, text=True, check=True).stdout
         return {r for r in ("ymm", "zmm") if f"%{r}" in code}
 
-    for name in ("_arguments", "_runtime", "_kernels/baseline_float", "_kernels/baseline_double"):
-        assert registers(name) == set(), name
-    assert "ymm" in registers("_kernels/avx2_float")
-    assert "zmm" not in registers("_kernels/avx2_float")
-    assert "zmm" in registers("_kernels/avx512_double")
+    def of_kernels(isa):
+        return [registers(module.removeprefix("pyx_xent.").replace(".", "/")) for module in _isas.modules(isa).values()]
+
+    assert not any([registers("_arguments"), registers("_runtime"), *of_kernels("baseline")])
+    assert all(found == {"ymm"} for found in of_kernels("avx2"))
+    assert all("zmm" in found for found in of_kernels("avx512"))
 
 
 def test_show_config_and_python_m_say_the_same():

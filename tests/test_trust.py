@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,22 @@ from pyx_xent import _dispatch
 
 pytest.importorskip("tqdm")
 
-from trust import accuracy, bits, callers, emulation, environment, exp, fuzz, plant, processes, races, sizes
+from trust import (
+    aarch64,
+    accuracy,
+    bits,
+    callers,
+    compare,
+    disassembly,
+    emulation,
+    environment,
+    exp,
+    fuzz,
+    plant,
+    processes,
+    races,
+    sizes,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,3 +171,79 @@ def test_calls_without_memory():
 def test_emulated_processors(processor):
     isa, digests, calls = emulation.check(processor, 20, 0)
     assert (isa, digests, calls) == (emulation.PROCESSORS[processor], len(bits.digests(0)), 20)
+
+
+def test_aarch64_is_left_out_with_a_reason(monkeypatch):
+    assert "no folder" in aarch64.not_possible("")
+    ((what, found),) = aarch64.check("", 0, 1)
+    assert (what, found[:10]) == ("emulated aarch64", "not tried:")
+    monkeypatch.setattr(aarch64.shutil, "which", lambda program: None)
+    monkeypatch.setattr(aarch64.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(aarch64.platform, "machine", lambda: "x86_64")
+    assert "apt install qemu-user" in aarch64.not_possible("anywhere")
+
+
+def test_a_folder_with_other_files_is_not_taken_for_an_emulated_python(tmp_path):
+    (tmp_path / "letter").touch()
+    with pytest.raises(SystemExit, match="neither empty"):
+        aarch64.Emulated(tmp_path)
+
+
+def test_results_that_differ_are_named():
+    arrays = {"numbers": np.arange(3.0, dtype=np.float32), "nan": np.array([1, np.nan], np.float32)}
+
+    def found(**changed):
+        return "", {"all": "digest"}, {name: ("float32", array.tobytes()) for name, array in {**arrays, **changed}.items()}
+
+    assert compare.check("x", found(), found()) == "the same bits in 1 digests and 2 arrays, NaN's included"
+    minus_zero = found(numbers=np.array([-0.0, 1, 2], np.float32))
+    minus_nan = found(nan=np.copysign(arrays["nan"], np.array([1, -1], np.float32)))
+    assert "of NaN in 1 arrays" in compare.check("x", minus_nan, found(), bits_of_nan=False)
+    for other, message in ((minus_nan, "NaN differs in 1 more .'nan'"), (minus_zero, "in 1 of 2 arrays .'numbers'")):
+        with pytest.raises(SystemExit, match=message):
+            compare.check("x", other, found())
+    with pytest.raises(SystemExit, match=r"1 of 2 arrays \['numbers'\]"):
+        compare.check("x", minus_zero, found(), bits_of_nan=False)
+
+
+LISTING = """
+0000000000000100 <hot>:
+ 100:\tfmov\tv9.4s, #1.0
+ 104:\tldr\tq1, [x0], #16
+ 108:\t{inside}
+ 10c:\tfmla\tv2.4s, v1.4s, v9.4s
+ 110:\tcmp\tx0, x1
+ 114:\tb.ne\t104 <hot+0x4>  // b.any
+ 118:\tldr\tq9, [sp, #32]
+ 11c:\tcbnz\tx3, 100 <hot>
+ 120:\tret
+
+0000000000000200 <cold>:
+ 200:\tfmadd\ts1, s2, s3, s4
+ 204:\tb.ne\t200 <cold>
+"""
+
+
+@pytest.mark.parametrize(
+    ("inside", "is_good"),
+    [
+        ("fadd\tv3.4s, v3.4s, v2.4s", True),
+        ("str\tq4, [x2]", True),
+        ("ldr\tq5, [sp, #16]", False),
+        ("stp\tq4, q5, [x29, #-32]", False),
+        ("fmadd\ts1, s2, s3, s4", False),
+        ("bl\t400 <expf>", False),
+    ],
+)
+def test_loops_that_are_scalar_spill_or_call_are_seen(monkeypatch, inside, is_good):
+    text = LISTING.format(inside=inside)
+    monkeypatch.setattr(disassembly.subprocess, "run", lambda *command, **options: SimpleNamespace(stdout=text))
+    if is_good:
+        assert disassembly.check("file", ["^hot"]) == {"hot": disassembly.Loop(size=5, vector=1)}
+    else:
+        with pytest.raises(SystemExit, match="hot: Loop"):
+            disassembly.check("file", ["^hot"])
+    with pytest.raises(SystemExit, match="cold: Loop"):
+        disassembly.check("file", ["^cold"])
+    with pytest.raises(SystemExit, match="no function that matches"):
+        disassembly.check("file", ["^warm"])

@@ -16,10 +16,12 @@ from tqdm import tqdm
 from pyx_xent import _dispatch
 
 from . import (
+    aarch64,
     accuracy,
     bits,
     build,
     callers,
+    clang,
     emulation,
     exp,
     free_threaded,
@@ -85,6 +87,10 @@ def run_bits(arguments):
     found = sum(parallel(bits.check, jobs, arguments, "problems"), Counter())
     return Finding([(f"{what}, {arguments.problems:,} random problems", f"{count:,} arrays, no other bit")
                     for what, count in found.items()])  # fmt: skip
+
+
+def run_clang(arguments):
+    return Finding(clang.check(FOLDER / "clang", arguments.seed))
 
 
 # 3. Memory
@@ -219,7 +225,7 @@ def run_emulate(arguments):
             f"{isa} kernels, ImportError for faster ones; {digests} digests as on this processor; {calls:,} random calls right"
         )
         lines.append((f"emulated {processor}", told))
-    return Finding(lines)
+    return Finding(lines + aarch64.check(arguments.aarch64, arguments.seed, arguments.jobs))
 
 
 def run_sizes(arguments):
@@ -250,6 +256,7 @@ CHECKS = [
     Check("accuracy", 1, run_accuracy, "errors of losses, softmax and gradients, beside other libraries"),
     Check("exp", 1, run_exp, "the largest error of the kernels' exponential", {"doubles": 100_000_000}),
     Check("bits", 2, run_bits, "the same bits, whatever does not matter", {"problems": 1000}),
+    Check("clang", 2, run_clang, "clang's build: the same bits as gcc's, and the tests"),
     Check("fuzz", 3, run_fuzz, "random calls of the public functions", {"calls": 100_000}),
     Check("sanitize", 3, run_sanitize, "random calls, many callers and the tests under gcc's sanitizers",
           {"calls": 1_100_000, "seconds": 60}),
@@ -261,7 +268,8 @@ CHECKS = [
     Check("callers", 5, run_callers, "Python threads that call at once", {"callers": 8, "seconds": 60}),
     Check("limits", 5, run_limits, "what limits threads"),
     Check("imports", 5, run_imports, "every order of importing this and other libraries"),
-    Check("emulate", 6, run_emulate, "older processors, emulated by qemu", {"calls": 1000}),
+    Check("emulate", 6, run_emulate, "older processors and aarch64, emulated by qemu; FOLDER: see trust/aarch64.py",
+          {"calls": 1000, "aarch64": ""}),
     Check("sizes", 7, run_sizes, "more elements than 32 bits count"),
     Check("free-threaded", 8, run_free_threaded, "a Python without a global lock", {"python": "", "callers": 8, "seconds": 30}),
     Check("memory", 9, run_memory, "calls without the memory they need", {"steps": 40, "step_mb": 4}),

@@ -18,6 +18,11 @@ from .fuzz import FLOATS, flattened, many_threads, place
 MOST_THREADS = 64
 SHAPES = [(64, 10), (300, 10), (7, 33), (40, 300), (3, 1000), (20, 4100), (1, 9000), (2, 50257), (1, 200_000)]
 NATIVE = sorted({dtype for dtype in FLOATS if dtype.isnative}, key=str)
+RESULTS = (  # of `results`, in this order
+    "loss alone", "loss", "gradient", "smoothed loss", "smoothed gradient", "loss of probabilities",
+    "gradient of probabilities", "NLL", "gradient of NLL", "softmax", "log_softmax", "softmax_backward", "log_softmax_backward",
+)  # fmt: skip
+REDUCED = ("mean", "sum", "mean of probabilities", "sum of probabilities")  # of `scalars`
 
 
 def problem(rng, shape, dtype):
@@ -122,7 +127,7 @@ def check(seed):
                     placed = {name: place(rng, array)[0] for name, array in arrays.items()}
                     moved = results(placed, int(rng.integers(1, 5)))
                     same("other strides, order, alignment", [np.ascontiguousarray(array) for array in moved], expected)
-                own = [expected[0], expected[2], expected[9]]
+                own = [expected[RESULTS.index(name)] for name in ("loss", "gradient", "softmax")]
                 for in_place in (False, True):
                     same("outputs given, in place", with_outputs(arrays, in_place), own)
                 same("in another thread", in_another_thread(results, arrays, 4), expected)
@@ -149,4 +154,54 @@ def digests(seed):
                 for array in [*arrays.values(), *results(arrays, 4), *scalars(arrays)]:
                     together.update(array.tobytes())
                 found[f"{dtype} {shape}"] = together.hexdigest()
+    return found
+
+
+def changed_logits(kind, logits):
+    """Logits of one `kind`, made of those between -1 and 1 by arithmetic that rounds alike everywhere."""
+    what, _, amount = kind.partition(" ")
+    if what == "spread":
+        return logits * float(amount)
+    if what == "offset":
+        return logits + float(amount)
+    middle = logits.shape[1] // 2
+    if what == "gap":
+        logits[:, middle] += float(amount)
+        return logits
+    for row, (value, where) in enumerate(
+        [
+            (np.nan, middle), (-np.nan, 0), (np.inf, middle), (-np.inf, middle), (3e38, 0), (-3e38, middle),
+            (np.inf, slice(None)), (-np.inf, slice(None)), (-np.inf, slice(1, None)), (3e38, slice(None)), (1e-42, slice(None)),
+        ]
+    ):  # fmt: skip
+        logits[row::13, where] = value
+    logits[11::13, 0], logits[11::13, -1] = np.inf, 3e38
+    logits[12::13, 0], logits[12::13, -1] = np.inf, np.nan
+    return logits
+
+
+KINDS = ("spread 1", "spread 10", "spread 90", "offset 1e4", "gap 30", "NaN and infinities")
+
+
+def examples(seed):
+    """{dtype, classes, kind, layout and result: (its dtype, its bytes)} of small problems, to be compared one by one."""
+    found = {}
+    for dtype in NATIVE:
+        for classes in (1, 2, 3, 10, 37, 100, 1000):
+            for kind in KINDS:
+                rng = np.random.default_rng((seed, classes))
+                arrays = problem(rng, (33, classes), dtype)
+                logits = changed_logits(kind, 2 * rng.random((33, classes)) - 1)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    arrays["logits"] = logits.astype(dtype)
+                for layout in "C", "F":
+                    arrays["logits"] = np.asarray(arrays["logits"], order=layout)
+                    named = {
+                        **{f"input {name}": array for name, array in arrays.items()},
+                        **dict(zip(RESULTS, results(arrays), strict=True)),
+                        **dict(zip(REDUCED, scalars(arrays), strict=True)),
+                    }
+                    for name, array in named.items():
+                        key = f"{dtype}, {classes} classes, {kind}, order {layout}, {name}"
+                        found[key] = str(array.dtype), np.ascontiguousarray(array).tobytes()
     return found

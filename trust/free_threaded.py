@@ -16,13 +16,12 @@ PACKAGES = [
     "tqdm",
     "ml_dtypes",
 ]
-MODULES = ["pyx_xent._arguments", "pyx_xent._runtime", "pyx_xent._kernels.baseline", "pyx_xent._kernels.{isa}"]
 TESTS = ["arguments", "edges", "half", "linear", "losses", "values"]
 NO_LOCK = """
-import importlib, sys
-import pyx_xent
-for name in {modules}:
-    importlib.import_module(name.format(isa=pyx_xent.isa))
+import sys
+from pyx_xent import _dispatch
+for isa in _dispatch.supported:
+    _dispatch.load(isa)
 assert not sys._is_gil_enabled()
 print(sys.version)
 """
@@ -53,7 +52,7 @@ def check(folder, interpreter, callers, seconds):
     run(interpreter, "-m", "venv", ".venv")
     run(python, "-m", "pip", "install", "--quiet", "--only-binary=:all:", *PACKAGES)
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ".")
-    version = run(python, "-W", "error", "-c", NO_LOCK.format(modules=MODULES))[-1]
+    version = run(python, "-W", "error", "-c", NO_LOCK)[-1]
     tests = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in TESTS))[-1]
     made = run(python, "-c", CALLERS.format(callers=callers, seconds=seconds))[-1]
     return [

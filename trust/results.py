@@ -80,6 +80,7 @@ TOOLS = {
     "clang": ["clang-19", "--version"],
     "valgrind": ["valgrind", "--version"],
     "qemu": ["qemu-x86_64", "--version"],
+    "gcc for aarch64": ["aarch64-linux-gnu-gcc", "--version"],
 }
 
 
