@@ -89,10 +89,18 @@ cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
     cdef doubles total = d_set(0.0), lost = total
     cdef vec group
     cdef Py_ssize_t i = 0, end
-    while i < size:
-        group = v_set(0)
-        end = min(i + GROUP * LANES, size)
+    while i + GROUP * LANES <= size:
+        group = v_mul(v_load(x + i), v_load(y + i))
+        end = i + GROUP * LANES
+        i += LANES
         while i < end:
+            group = v_fma(v_load(x + i), v_load(y + i), group)
+            i += LANES
+        total = accumulate(total, v_to_doubles(group), &lost)
+    if i < size:
+        group = v_mul(at(x, i, size, 0), at(y, i, size, 0))
+        i += LANES
+        while i < size:
             group = v_fma(at(x, i, size, 0), at(y, i, size, 0), group)
             i += LANES
         total = accumulate(total, v_to_doubles(group), &lost)
@@ -131,7 +139,10 @@ cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real 
         b = a
         end = min(i + GROUP * LANES, size)
         if weight != NULL:
-            while i < end:
+            while i + LANES <= end:
+                a = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), a)
+                i += LANES
+            if i < end:
                 a = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), a)
                 i += LANES
         else:
