@@ -138,6 +138,7 @@ cdef void transposed_in(
     Py_ssize_t count, Py_ssize_t size,
     real* to, Py_ssize_t to_stride,                            # out  (size, count)
 ) noexcept nogil:
+    cdef const real* x
     cdef vec square[LANES]
     cdef Py_ssize_t k, i
     cdef int runs, width, l
@@ -145,8 +146,16 @@ cdef void transposed_in(
         runs = lanes_left(count, k)
         for i from 0 <= i < size by LANES:
             width = lanes_left(size, i)
-            for l in range(LANES):
-                square[l] = load(data, (k + l) * stride + i, storage, width) if l < runs else v_set(0)
+            x = (<const real*>data) + k * stride + i
+            if storage == own_storage() and runs == LANES and width == LANES:
+                for l in range(LANES):
+                    square[l] = v_load(x + l * stride)
+            elif storage == own_storage() and runs == LANES:
+                for l in range(LANES):
+                    square[l] = v_load_first(x + l * stride, width, 0)
+            else:
+                for l in range(LANES):
+                    square[l] = load(data, (k + l) * stride + i, storage, width) if l < runs else v_set(0)
             v_transpose(square)
             if runs == LANES:
                 for l in range(width):
@@ -161,6 +170,7 @@ cdef void transposed_out(
     Py_ssize_t count, Py_ssize_t size,
     char* data, Storage storage, Py_ssize_t stride,            # out  (count, size)
 ) noexcept nogil:
+    cdef real* x
     cdef vec square[LANES]
     cdef Py_ssize_t k, i
     cdef int runs, width, l
@@ -168,11 +178,25 @@ cdef void transposed_out(
         runs = lanes_left(count, k)
         for i from 0 <= i < size by LANES:
             width = lanes_left(size, i)
-            for l in range(LANES):
-                square[l] = at(source + (i + l) * source_stride + k, 0, runs, 0) if l < width else v_set(0)
+            if runs == LANES:
+                for l in range(width):
+                    square[l] = v_load(source + (i + l) * source_stride + k)
+                for l in range(width, LANES):
+                    square[l] = v_set(0)
+            else:
+                for l in range(LANES):
+                    square[l] = at(source + (i + l) * source_stride + k, 0, runs, 0) if l < width else v_set(0)
             v_transpose(square)
-            for l in range(runs):
-                store(data, (k + l) * stride + i, storage, square[l], width)
+            x = (<real*>data) + k * stride + i
+            if storage == own_storage() and width == LANES:
+                for l in range(runs):
+                    v_store(x + l * stride, square[l])
+            elif storage == own_storage():
+                for l in range(runs):
+                    v_store_first(x + l * stride, square[l], width)
+            else:
+                for l in range(runs):
+                    store(data, (k + l) * stride + i, storage, square[l], width)
 
 
 # Rows: `rows` neighbouring positions of one outer
