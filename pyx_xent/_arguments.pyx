@@ -29,6 +29,7 @@ from pyx_xent._problem cimport (
     FLOAT_LANES,
     ROWS_BYTES,
     SEGMENT_BYTES,
+    SHORT_CLASSES,
     LOG_SOFTMAX,
     LOG_SOFTMAX_BACKWARD,
     NLL,

@@ -64,7 +64,7 @@ cdef int plan(Call call) except -1:
             plan.rows == 1 and segments > 1 and plan.keep and not p.have_state and direct and not plan.shared
         )
         plan.segments = plan.rows * segments
-        plan.discarded = SEGMENT
+        plan.discarded = plan.rows * rounded_up(p.classes, lanes) if p.classes <= SHORT_CLASSES else SEGMENT
         area = plan.rows * rounded_up(p.classes, lanes)
         plan.area[0] = area if plan.keep or not direct else 0
         plan.area[1] = 0 if lies_as_rows(p, &p.other) else area

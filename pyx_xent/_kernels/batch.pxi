@@ -15,7 +15,7 @@ cdef struct Scratch:
     # What a thread has for itself, each at a multiple of 64 bytes; threads that share a row share its segments and areas.
     Rows* rows                    # of a panel's tiles
     Segment* segments             # of two batches, (2, plan.segments)
-    real* discarded               # (SEGMENT,)
+    real* discarded               # (plan.discarded,)
     real* weight                  # (FEW_CLASSES, LANES)
     # Rows or tiles, (plan.area[k],): the exponentials, or the logits before them · class probabilities, upstream gradient ·
     # logits that are moved by their maximum · the exponentials of the next row

@@ -13,6 +13,7 @@ from pyx_xent._problem cimport (
     ROWS_BYTES,
     SEGMENT,
     SEGMENT_BYTES,
+    SHORT_CLASSES,
     SOFTMAX,
     SOFTMAX_BACKWARD,
     Environment,

@@ -2,8 +2,16 @@
 # cache. Each segment is in units of its own maximum, a power of two from those of the row, so one pass is enough; and segments
 # depend on nothing but the row, so threads may share one (batch.pxi).
 #
-# Short rows come LANES at a time, for what happens once a row. Of long rows the gradient waits for the next row, and is written
-# while that is summed: so memory is not idle during the exponentials, nor the arithmetic while stores wait for memory.
+# Rows of one segment come LANES at a time, for what happens once a row; short ones go through each step together, too, because
+# a step waits for the one before it, and of a short row it would wait longer than it computes. Of long rows the gradient waits
+# for the next row, and is written while that is summed: so memory is not idle during the exponentials, nor the arithmetic while
+# stores wait for memory.
+
+cdef struct RowTerm:
+    double term                   # see Rows, and of the target alone
+    double mass
+    double target_mass
+
 
 cdef struct Segment:
     real maximum
@@ -11,9 +19,7 @@ cdef struct Segment:
     double total                  # the sum of its exponentials without the target's
     double own                    # the exponential that is left out; 0: none, or the class index
     Py_ssize_t target             # of which class, counted from the row's first; -1: none
-    double term                   # see Rows, and of the target alone
-    double mass
-    double target_mass
+    RowTerm row
 
 
 cdef struct Batch:
@@ -26,9 +32,10 @@ cdef struct Batch:
     const real* x[LANES]
     const real* other[LANES]
     real* cached[LANES]           # the exponentials; x itself if that is a copy
+    real* summed[LANES]           # of short rows: where they are summed; cached, unless nobody needs them again
     real* out[LANES]              # may be `cached`
     Segment* segments             # (rows, segments)
-    real* discarded               # (SEGMENT,)  exponentials that nobody needs again
+    real* discarded               # (plan.discarded,)  exponentials that nobody needs again
 
 
 cdef inline Py_ssize_t segments_of(Py_ssize_t classes) noexcept nogil:
@@ -99,26 +106,29 @@ cdef Coefficients coefficients_of(const Problem* p, const real* other, Py_ssize_
     return k
 
 
-cdef void segment_class_term(
-    const Problem* p, const Batch* b, int l, Py_ssize_t start, Py_ssize_t size, Segment* s
+cdef RowTerm row_class_term(
+    const Problem* p, const Batch* b, int l, Py_ssize_t start, Py_ssize_t size,
+    real maximum, Py_ssize_t target,          # in   of these classes; the target, counted from the row's first, or -1
 ) noexcept nogil:
     cdef Coefficients k = coefficients_of(p, b.other[l], start)
-    cdef vec m = finite(v_set(s.maximum))
+    cdef vec m = finite(v_set(maximum))
     cdef Term sums
+    cdef RowTerm row
+    row.target_mass = 0
     if p.target != NULL:
-        s.term = fold(distances(b.x[l] + start, k.weight, size, one_of(m), m))
-        s.mass = size
+        row.term = fold(distances(b.x[l] + start, k.weight, size, one_of(m), m))
+        row.mass = size
         if k.weight != NULL and segments_of(p.classes) > 1:
-            s.mass = fold(total_of(k.weight, size))
-        return
-    sums = class_term(b.x[l] + start, k, size, m, s.target - start if s.target >= 0 else -1)
-    s.term = fold(sums.term)
-    s.mass = fold(sums.mass)
-    s.target_mass = 0
-    if s.target >= 0:
-        start = s.target - s.target % LANES       # the same vector, hence the same bits, as in the sum and in the gradient
+            row.mass = fold(total_of(k.weight, size))
+        return row
+    sums = class_term(b.x[l] + start, k, size, m, target - start if target >= 0 else -1)
+    row.term = fold(sums.term)
+    row.mass = fold(sums.mass)
+    if target >= 0:
+        start = target - target % LANES            # the same vector, hence the same bits, as in the sum and in the gradient
         k = coefficients_of(p, b.other[l], start)
-        s.target_mass = lane_of(coefficient(k, 0, p.classes - start), s.target - start)
+        row.target_mass = lane_of(coefficient(k, 0, p.classes - start), target - start)
+    return row
 
 
 cdef inline real lane_of(vec lanes, Py_ssize_t lane) noexcept nogil:
@@ -143,7 +153,7 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     elif <size_t>(b.rows.target[l] - start) < <size_t>size:
         target = b.rows.target[l] - start
     if has_class_term(p):
-        segment_class_term(p, b, l, start, size, s)
+        s.row = row_class_term(p, b, l, start, size, s.maximum, s.target)
     exponent = exponent_of(v_set(s.maximum))
     s.exponent = one_of(exponent)
     exponentials(x, size, units_of(exponent, ROOM), cached)
@@ -207,16 +217,71 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
         return
     for i in range(count):
         below = <double>one_of(finite(v_set(largest.maximum))) - <double>one_of(finite(v_set(s[i].maximum)))
-        add_to(&term, s[i].term, &lost_term)
-        add_to(&mass, s[i].mass, &lost_mass)
+        add_to(&term, s[i].row.term, &lost_term)
+        add_to(&mass, s[i].row.mass, &lost_mass)
         if s + i != largest and p.target == NULL:
-            add_to(&mass, s[i].target_mass, &lost_mass)
-            add_to(&term, below * (s[i].mass + s[i].target_mass) if s[i].mass + s[i].target_mass != 0 else 0, &lost_term)
+            add_to(&mass, s[i].row.target_mass, &lost_mass)
+            add_to(&term, below * (s[i].row.mass + s[i].row.target_mass) if s[i].row.mass + s[i].row.target_mass != 0 else 0, &lost_term)
         elif s + i != largest:
-            add_to(&term, below * s[i].mass, &lost_term)
+            add_to(&term, below * s[i].row.mass, &lost_term)
     r.term[l] = term
     r.mass[l] = mass
-    r.target_mass[l] = largest.target_mass
+    r.target_mass[l] = largest.row.target_mass
+
+
+cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept nogil:
+    # Maximum, class term, exponentials and their sum, as in a tile. The state of an earlier call stands for maximum and sum.
+    cdef Rows* r = &b.rows
+    cdef Py_ssize_t classes = p.classes, stride = (classes + LANES - 1) // LANES * LANES
+    cdef bint soft = p.target == NULL
+    cdef vec square[LANES]
+    cdef vec m = v_set(0)
+    cdef Units units
+    cdef real low[LANES]
+    cdef real round_by[LANES]
+    cdef RowTerm row
+    cdef int l
+    for l in range(LANES):
+        square[l] = m
+        if r.live[l] and p.have_state:
+            take_state(p, b, l)
+            square[l] = v_set(r.maximum[l])
+        elif r.live[l]:
+            square[l] = maximum(b.x[l], classes)
+    v_transpose(square)
+    for l in range(LANES):
+        m = square[0] if l == 0 else v_max(m, square[l])
+    v_store(r.maximum, m)
+    m = v_max(m, v_sub(v_set(0), m))
+    if v_any(v_equal(v_max(v_set(largest_logit()), m), m)):
+        for l in range(b.count):
+            if r.live[l]:
+                move_row(p, b, l, moved_to + l * stride)
+    if soft:
+        for l in range(b.count):
+            r.target[l] = position_of(b.x[l], classes, r.maximum[l]) if r.live[l] else -1
+            if r.live[l]:
+                r.target_logit[l] = r.maximum[l] if r.target[l] >= 0 else -INFINITY
+    if has_class_term(p):
+        for l in range(b.count):
+            if r.live[l]:
+                row = row_class_term(p, b, l, 0, classes, r.maximum[l], r.target[l])
+                r.term[l], r.mass[l], r.target_mass[l] = row.term, row.mass, row.target_mass
+    if p.have_state:
+        return
+    units = units_of(exponent_of(v_load(r.maximum)), ROOM)
+    v_store(low, units.low)
+    v_store(round_by, units.round_by)
+    for l in range(b.count):
+        if r.live[l]:
+            units.low = v_set(low[l])
+            units.round_by = v_set(round_by[l])
+            exponentials(b.x[l], classes, units, b.summed[l])
+            if r.target[l] >= 0:
+                b.summed[l][r.target[l]] = 0
+    for l in range(b.count):
+        if r.live[l]:
+            r.total[l] = fold(total_of(b.summed[l], classes))
 
 
 cdef bint move_row(const Problem* p, Batch* b, int l, real* to) noexcept nogil:
@@ -237,6 +302,32 @@ cdef bint move_row(const Problem* p, Batch* b, int l, real* to) noexcept nogil:
     return True
 
 
+cdef void other_entries(const Problem* p, const Batch* b, int l, Py_ssize_t start, Py_ssize_t size, bint stream) noexcept nogil:
+    # Of log_softmax and the backward operations, from the logits.
+    cdef const Rows* r = &b.rows
+    cdef Entries e
+    e.operation = p.operation
+    e.x = b.x[l] + start
+    e.y = b.other[l] + start if b.other[l] != NULL else NULL
+    e.scale = v_set(r.scale[l])
+    e.unit = v_set(r.unit[l])
+    e.units = units_of(exponent_of(v_set(r.maximum[l])), 0)
+    entries(&e, size, b.out[l] + start, stream)
+
+
+cdef void class_term_entries(
+    const real* cached, Coefficients coefficients, Py_ssize_t size, real scale, real unit, real* out, bint stream
+) noexcept nogil:
+    cdef Entries e
+    e.operation = CROSS_ENTROPY
+    e.x = cached
+    e.y = NULL
+    e.coefficients = coefficients
+    e.scale = v_set(scale)
+    e.unit = v_set(unit)
+    entries(&e, size, out, stream)
+
+
 cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segment, real* discarded) noexcept nogil:
     # The last step, of one segment: from the cached exponentials, or from those computed again. Both have the same bits, a power
     # of two apart, as long as it leaves the scale a normal number.
@@ -248,15 +339,8 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     cdef bint stream = p.plan.stream and lies_as_rows(&p.out)
     cdef double scale = r.scale[l], power = 1
     cdef Units units
-    cdef Entries e
-    e.operation = p.operation
-    e.x = b.x[l] + start
-    e.y = b.other[l] + start if b.other[l] != NULL else NULL
-    e.scale = v_set(r.scale[l])
-    e.unit = v_set(r.unit[l])
     if is_backward(p) or p.operation == LOG_SOFTMAX:
-        e.units = units_of(exponent_of(v_set(r.maximum[l])), 0)
-        entries(&e, size, out, stream)
+        other_entries(p, b, l, start, size, stream)
         return
     if is_cached(p):
         cached = b.cached[l] + start
@@ -267,16 +351,13 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
                 power = 1
     else:
         units = units_of(exponent_of(v_set(r.maximum[l])), ROOM)
-        exponentials(e.x, size, units, cached)
+        exponentials(b.x[l] + start, size, units, cached)
     if r.has_small:
         power *= r.damp[l]
     if power != 1:
         multiplied(cached, size, <real>power)
     if has_class_term(p):
-        e.x = cached
-        e.scale = v_set(<real>scale)
-        e.coefficients = coefficients_of(p, b.other[l], start)
-        entries(&e, size, out, stream)
+        class_term_entries(cached, coefficients_of(p, b.other[l], start), size, <real>scale, r.unit[l], out, stream)
     else:
         scaled(cached, size, v_set(<real>scale), out, stream)
 
@@ -299,6 +380,7 @@ cdef void place_rows(const Problem* p, Batch* b, real* cached, real* other) noex
         rows_in(&p.other, b.outer, b.inner, b.count, p.classes, other, stride)
     for l in range(b.count):
         b.cached[l] = cached + l * stride
+        b.summed[l] = b.cached[l] if is_cached(p) else b.discarded + (l * stride if p.classes <= SHORT_CLASSES else 0)
         b.x[l] = <real*>element(&p.logits, b.outer, b.inner + l) if direct else b.cached[l]
         b.out[l] = <real*>element(&p.out, b.outer, b.inner + l) if direct_out else b.cached[l]
         b.other[l] = NULL
@@ -354,7 +436,7 @@ cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real*
     # in   b        outer, inner, position, count, segments, discarded
     # in   before   a row whose gradient waits; afterwards b is such a row if the plan is to defer them, else nothing waits
     cdef Py_ssize_t stride = (p.classes + LANES - 1) // LANES * LANES, segment
-    cdef bint defer = p.plan.defer
+    cdef bint defer = p.plan.defer, summed = False
     cdef int l, live = start_rows(p, &b.rows, b.position, b.count)
     if live == 0:
         for l in range(b.count):
@@ -364,10 +446,14 @@ cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real*
     place_rows(p, b, cached, other)
     neutral_lanes(&b.rows)
     for l in range(b.count):
-        if not b.rows.live[l]:
-            continue
-        if b.rows.target[l] >= 0:
+        if b.rows.live[l] and b.rows.target[l] >= 0:
             b.rows.target_logit[l] = b.x[l][b.rows.target[l]]
+    if p.classes <= SHORT_CLASSES and not is_backward(p):
+        sum_short_rows(p, b, moved_to)
+        summed = True
+    for l in range(b.count):
+        if summed or not b.rows.live[l]:
+            continue
         if p.have_state:
             take_state(p, b, l)
             move_row(p, b, l, moved_to + l * stride)
@@ -410,6 +496,6 @@ cdef void state_of_row(const Problem* p, Batch* b, int l) noexcept nogil:
         s[segment].target = position_of(b.x[l] + start, size, s[segment].maximum)
         s[segment].target += start if s[segment].target >= 0 else 0
         s[segment].total = s[segment].own = 0
-        segment_class_term(p, b, l, start, size, s + segment)
+        s[segment].row = row_class_term(p, b, l, start, size, s[segment].maximum, s[segment].target)
     combine_segments(p, b, l)
     b.rows.total[l] = total
