@@ -27,6 +27,12 @@ cdef bint is_plane(const Strided* array) noexcept:
     return array.data == NULL or (array.inner == 1 and array.classes != 1)
 
 
+cdef bint adds_only_exponentials(const Problem* p) noexcept:
+    if p.operation == CROSS_ENTROPY:
+        return p.target != NULL and p.options.label_smoothing == 0
+    return p.operation == SOFTMAX or p.operation == LOG_SOFTMAX
+
+
 cdef int plan(Call call) except -1:
     cdef Problem* p = &call.problem
     cdef Plan* plan = &p.plan
@@ -48,10 +54,16 @@ cdef int plan(Call call) except -1:
     plan.defer = False
     plan.staged = 0
     plan.discarded = plan.weights = plan.segments = 0
+    plan.tile_classes = 0
     if few:
-        plan.rows = max(lanes, min(<Py_ssize_t>PANEL_ROWS, PANEL_NUMBERS // max(p.classes, 1)) // lanes * lanes)
+        plan.tile_classes = max(p.classes, 1)
+    elif p.classes <= SHORT_CLASSES and adds_only_exponentials(p) and is_plane(&p.logits) and is_plane(&p.out):
+        plan.tile_classes = rounded_up(p.classes, lanes)
+    if plan.tile_classes > 0:
+        area = PANEL_NUMBERS if few else STAGED_NUMBERS
+        plan.rows = max(lanes, min(<Py_ssize_t>PANEL_ROWS, area // max(p.classes, 1)) // lanes * lanes)
         plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
-        area = plan.rows * p.classes
+        area = plan.rows * plan.tile_classes
         plan.area[0] = area
         plan.area[1] = area if p.other.data != NULL or p.operation == LOG_SOFTMAX else 0
         plan.area[2] = plan.area[3] = 0

@@ -56,6 +56,7 @@ cdef struct Plan:                 # how to compute, see _plan.pxi
     bint stream                   # non-temporal stores for `out`
     bint keep                     # the exponentials of the sum are cached for the gradient
     bint defer                    # a row's gradient is written while the next row is summed
+    Py_ssize_t tile_classes       # classes of a tile, with the zeros beyond them; 0: rows
     Py_ssize_t rows               # that are worked on together: whole tiles, or LANES rows, or 1
     Py_ssize_t part               # rows that a thread takes at a time
     void* scratch                 # (num_threads, scratch_size) bytes, then segments; 64-byte aligned; see Scratch in batch.pxi

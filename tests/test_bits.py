@@ -9,7 +9,7 @@ from pyx_xent import _dispatch, _threads
 
 pytestmark = pytest.mark.spec("S36", "S7")
 
-CLASSES = [1, 2, 10, 16, 31, 32, 33, 64, 65, 130, 1000, 2050, 4100]
+CLASSES = [1, 2, 10, 16, 31, 32, 33, 64, 65, 128, 130, 244, 257, 1000, 2050, 4100]
 OPTIONS = [{}, {"label_smoothing": 0.1, "z_loss": 0.01}]
 
 
@@ -71,12 +71,13 @@ def test_result_does_not_depend_on_memory_layout(isa, dtype, rng, classes, soft,
 
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-def test_class_axis_inside_gives_the_bits_of_class_axis_last(isa, dtype, rng, classes, soft):
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothed"])
+def test_class_axis_inside_gives_the_bits_of_class_axis_last(isa, dtype, rng, classes, soft, options):
     logits, target = problem(rng, 2 * 37, classes, dtype, soft)
-    expected = px.cross_entropy_with_grad(logits, target, reduction="none", label_smoothing=0.1)
+    expected = px.cross_entropy_with_grad(logits, target, reduction="none", **options)
     inside = np.ascontiguousarray(logits.reshape(2, 37, classes).transpose(0, 2, 1))
     inside_target = np.ascontiguousarray(target.reshape(2, 37, classes).transpose(0, 2, 1)) if soft else target.reshape(2, 37)
-    loss, grad = px.cross_entropy_with_grad(inside, inside_target, reduction="none", label_smoothing=0.1)
+    loss, grad = px.cross_entropy_with_grad(inside, inside_target, reduction="none", **options)
     assert same_bits(loss.reshape(-1), expected[0])
     assert same_bits(grad.transpose(0, 2, 1).reshape(-1, classes), expected[1])
     g = rng.normal(size=logits.shape).astype(dtype)

@@ -110,11 +110,12 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
     if p.plan.staged > 0:
         do_staged(p, position, end, thread, &scratch)
         return
-    if p.classes <= FEW_CLASSES:
+    if p.plan.tile_classes > 0:
         panel.rows = scratch.rows
         panel.x = scratch.area[0]
         panel.other = scratch.area[1] if p.other.data != NULL or p.operation == LOG_SOFTMAX else NULL
         spread_weight(p, &panel, scratch.weight)
+        zero_beyond_classes(p, &panel)
         while position < end:
             rows = rows_together(p, position, min(p.plan.rows, end - position))
             do_panel(p, &panel, position, rows)

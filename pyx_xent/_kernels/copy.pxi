@@ -239,8 +239,8 @@ cdef void rows_out(
 # that jumps between planes a power of two apart would find every line in the same set of the cache.
 
 
-cdef inline real* in_panel(real* panel, Py_ssize_t classes, Py_ssize_t row, Py_ssize_t c) noexcept nogil:
-    return panel + (row // LANES * classes + c) * LANES + row % LANES
+cdef inline real* in_panel(real* panel, Py_ssize_t tile_classes, Py_ssize_t row, Py_ssize_t c) noexcept nogil:
+    return panel + (row // LANES * tile_classes + c) * LANES + row % LANES
 
 
 cdef void panel_in(
@@ -249,10 +249,10 @@ cdef void panel_in(
     # Lanes beyond the last row are 0.
     cdef const real* x
     cdef real* to
-    cdef Py_ssize_t classes = p.classes, done = 0, outer, inner, run, c, k
+    cdef Py_ssize_t classes = p.classes, pitch = p.plan.tile_classes, done = 0, outer, inner, run, c, k
     cdef const char* data
     if rows % LANES != 0:
-        memset(in_panel(panel, classes, rows - rows % LANES, 0), 0, classes * LANES * sizeof(real))
+        memset(in_panel(panel, pitch, rows - rows % LANES, 0), 0, classes * LANES * sizeof(real))
     while done < rows:
         outer = (position + done) // p.inner
         inner = (position + done) - outer * p.inner
@@ -261,31 +261,31 @@ cdef void panel_in(
         if array.inner == 1 and done % LANES == 0 and array.storage == own_storage() and run % LANES == 0:
             for c in range(classes):
                 x = (<const real*>data) + c * array.classes
-                to = in_panel(panel, classes, done, c)
+                to = in_panel(panel, pitch, done, c)
                 for k from 0 <= k < run by LANES:
                     v_prefetch(x + run + k)
-                    v_store(to + k * classes, v_load(x + k))
+                    v_store(to + k * pitch, v_load(x + k))
         elif array.inner == 1 and done % LANES == 0:
             for c in range(classes):
                 for k from 0 <= k < run by LANES:
-                    v_store(in_panel(panel, classes, done + k, c), load(data, c * array.classes + k, array.storage, lanes_left(run, k)))
+                    v_store(in_panel(panel, pitch, done + k, c), load(data, c * array.classes + k, array.storage, lanes_left(run, k)))
         elif array.classes == 1 and done % LANES == 0:
             for k from 0 <= k < run by LANES:
                 transposed_in(
                     data + k * array.inner * size_of(array.storage), array.storage, array.inner, lanes_left(run, k), classes,
-                    in_panel(panel, classes, done + k, 0), LANES,
+                    in_panel(panel, pitch, done + k, 0), LANES,
                 )
         else:
             for k in range(run):
                 for c in range(classes):
-                    in_panel(panel, classes, done + k, c)[0] = number(data, k * array.inner + c * array.classes, array.storage)
+                    in_panel(panel, pitch, done + k, c)[0] = number(data, k * array.inner + c * array.classes, array.storage)
         done += run
 
 
 cdef void panel_out(
     real* panel, const Strided* array, const Problem* p, Py_ssize_t position, Py_ssize_t rows
 ) noexcept nogil:
-    cdef Py_ssize_t classes = p.classes, done = 0, outer, inner, run, c, k
+    cdef Py_ssize_t classes = p.classes, pitch = p.plan.tile_classes, done = 0, outer, inner, run, c, k
     cdef char* data
     cdef bint stream
     while done < rows:
@@ -300,21 +300,21 @@ cdef void panel_out(
         if array.inner == 1 and done % LANES == 0 and stream:
             for c in range(classes):
                 for k from 0 <= k < run by LANES:
-                    v_stream((<real*>data) + c * array.classes + k, v_load(in_panel(panel, classes, done + k, c)))
+                    v_stream((<real*>data) + c * array.classes + k, v_load(in_panel(panel, pitch, done + k, c)))
         elif array.inner == 1 and done % LANES == 0:
             for c in range(classes):
                 for k from 0 <= k < run by LANES:
-                    store(data, c * array.classes + k, array.storage, v_load(in_panel(panel, classes, done + k, c)), lanes_left(run, k))
+                    store(data, c * array.classes + k, array.storage, v_load(in_panel(panel, pitch, done + k, c)), lanes_left(run, k))
         elif array.classes == 1 and done % LANES == 0:
             for k from 0 <= k < run by LANES:
                 transposed_out(
-                    in_panel(panel, classes, done + k, 0), LANES, lanes_left(run, k), classes,
+                    in_panel(panel, pitch, done + k, 0), LANES, lanes_left(run, k), classes,
                     data + k * array.inner * size_of(array.storage), array.storage, array.inner,
                 )
         else:
             for k in range(run):
                 for c in range(classes):
-                    put_number(data, k * array.inner + c * array.classes, array.storage, in_panel(panel, classes, done + k, c)[0])
+                    put_number(data, k * array.inner + c * array.classes, array.storage, in_panel(panel, pitch, done + k, c)[0])
         done += run
 
 

@@ -59,25 +59,6 @@ cdef inline vec finite(vec m) noexcept nogil:
     return v_max(m, v_set(-largest_logit()))
 
 
-cdef double fold(doubles lanes) noexcept nogil:
-    # The sum of the lanes, as a tree; doubles keep what each addition rounds away.
-    cdef double total[LANES]
-    cdef double lost[LANES]
-    cdef double part, before
-    cdef int l, half = LANES // 2
-    if not IS_DOUBLE:
-        return d_fold_add(lanes)
-    d_store(total, lanes)
-    memset(lost, 0, sizeof(lost))
-    while half > 0:
-        for l in range(half):
-            before, part = total[l], total[l + half]
-            total[l] = before + part
-            lost[l] += lost[l + half] + ((before - (total[l] - (total[l] - before))) + (part - (total[l] - before)))
-        half = half // 2
-    return total[0] + (lost[0] if lost[0] == lost[0] else 0.0)
-
-
 cdef inline real one_of(vec lanes) noexcept nogil:
     cdef real all[LANES]
     v_store(all, lanes)
@@ -137,16 +118,37 @@ cdef inline real lane_of(vec lanes, Py_ssize_t lane) noexcept nogil:
     return all[lane]
 
 
+cdef enum:
+    GUESSED_FROM = 64             # logits at the start of a segment
+    GUESS_IS_NEAR = 40            # powers of two; the sum of 2048 numbers that are so much larger than ROOM allows for is finite
+
+
+cdef bint segment_units(const real* x, Py_ssize_t size, real* cached, Segment* s) noexcept nogil:
+    # Maximum and units: guessed from the segment's start, so that the exponentials need no pass of their own; from the maximum
+    # where the guess is far too low. Bits do not depend on the layout, though exponentials that are to take the place of the
+    # logits have to wait. -> are they computed already?
+    cdef vec guess = exponent_of(v_set(v_fold_max(maximum(x, min(size, <Py_ssize_t>GUESSED_FROM)))))
+    if x != cached:
+        s.maximum = v_fold_max(exponentials(x, size, units_of(guess, ROOM), cached, True))
+    else:
+        s.maximum = v_fold_max(maximum(x, size))
+    s.exponent = one_of(exponent_of(v_set(s.maximum)))
+    if s.exponent - one_of(guess) <= GUESS_IS_NEAR:
+        s.exponent = one_of(guess)
+        return x != cached
+    return False
+
+
 cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segment, real* discarded) noexcept nogil:
     # maximum · class term · exponentials · their sum
     cdef Py_ssize_t start = segment * SEGMENT, size = segment_size(p.classes, segment), target = -1
     cdef Segment* s = b.segments + l * segments_of(p.classes) + segment
     cdef const real* x = b.x[l] + start
     cdef real* cached = b.cached[l] + start if is_cached(p) else discarded
-    cdef vec exponent
-    s.maximum = v_fold_max(maximum(x, size))
+    cdef bint done
     s.target = -1
     s.own = 0
+    done = segment_units(x, size, cached, s)
     if p.target == NULL:
         target = position_of(x, size, s.maximum)
         s.target = target + start if target >= 0 else -1
@@ -154,9 +156,8 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
         target = b.rows.target[l] - start
     if has_class_term(p):
         s.row = row_class_term(p, b, l, start, size, s.maximum, s.target)
-    exponent = exponent_of(v_set(s.maximum))
-    s.exponent = one_of(exponent)
-    exponentials(x, size, units_of(exponent, ROOM), cached)
+    if not done:
+        exponentials(x, size, units_of(v_set(s.exponent), ROOM), cached, False)
     if target >= 0:
         s.own = cached[target] if p.target == NULL else 0.0
         cached[target] = 0
@@ -203,7 +204,7 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
             add_to(&total, s[i].total, &lost)
         r.total[l] = total
         return
-    exponent = largest.exponent
+    exponent = one_of(exponent_of(v_set(largest.maximum)))
     for i in range(count):
         power = power_of_two(<double>s[i].exponent - <double>exponent) if s[i].exponent != exponent else 1.0
         add_to(&total, s[i].total * power, &lost)
@@ -276,7 +277,7 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
         if r.live[l]:
             units.low = v_set(low[l])
             units.round_by = v_set(round_by[l])
-            exponentials(b.x[l], classes, units, b.summed[l])
+            exponentials(b.x[l], classes, units, b.summed[l], False)
             if r.target[l] >= 0:
                 b.summed[l][r.target[l]] = 0
     for l in range(b.count):
@@ -344,14 +345,14 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
         return
     if is_cached(p):
         cached = b.cached[l] + start
-        if segments_of(p.classes) > 1:
+        if p.classes > SHORT_CLASSES:
             power = power_of_two(<double>s.exponent - <double>one_of(exponent_of(v_set(r.maximum[l]))))
             if fabs(scale * power) > (1e-300 if IS_DOUBLE else 1e-37):
                 scale *= power
                 power = 1
     else:
         units = units_of(exponent_of(v_set(r.maximum[l])), ROOM)
-        exponentials(b.x[l] + start, size, units, cached)
+        exponentials(b.x[l] + start, size, units, cached, False)
     if r.has_small:
         power *= r.damp[l]
     if power != 1:

@@ -23,6 +23,44 @@ cdef inline doubles accumulate(doubles total, doubles part, doubles* lost) noexc
     return after
 
 
+cdef double fold(doubles lanes) noexcept nogil:
+    # The sum of the lanes, as a tree; doubles keep what each addition rounds away.
+    cdef double total[LANES]
+    cdef double lost[LANES]
+    cdef double part, before
+    cdef int l, half = LANES // 2
+    if not IS_DOUBLE:
+        return d_fold_add(lanes)
+    d_store(total, lanes)
+    memset(lost, 0, sizeof(lost))
+    while half > 0:
+        for l in range(half):
+            before, part = total[l], total[l + half]
+            total[l] = before + part
+            lost[l] += lost[l + half] + ((before - (total[l] - (total[l] - before))) + (part - (total[l] - before)))
+        half = half // 2
+    return total[0] + (lost[0] if lost[0] == lost[0] else 0.0)
+
+
+cdef doubles fold_each(doubles* lanes) noexcept nogil:
+    # The same for LANES of them at once; lanes[l] holds lane l of each.
+    cdef doubles lost[LANES]
+    cdef doubles part, before, moved
+    cdef int l, half = LANES // 2
+    for l in range(LANES):
+        lost[l] = d_set(0.0)
+    while half > 0:
+        for l in range(half):
+            before, part = lanes[l], lanes[l + half]
+            lanes[l] = d_add(before, part)
+            if IS_DOUBLE:
+                moved = d_sub(lanes[l], before)
+                part = d_add(d_sub(before, d_sub(lanes[l], moved)), d_sub(part, moved))
+                lost[l] = d_add(lost[l], d_add(lost[l + half], part))
+        half = half // 2
+    return d_add(lanes[0], d_select(d_equal(lost[0], lost[0]), lost[0], d_set(0.0)))
+
+
 cdef inline vec at(const real* x, Py_ssize_t i, Py_ssize_t size, real rest) noexcept nogil:
     # The vector from x[i] on; from `size` on there is `rest`.
     return v_load(x + i) if i + LANES <= size else v_load_first(x + i, <int>(size - i), rest)
@@ -44,44 +82,70 @@ cdef vec maximum(const real* x, Py_ssize_t size) noexcept nogil:
     return v_max(v_max(a, b), v_max(c, d))
 
 
-cdef void exponentials(
+cdef vec exponentials(
     const real* x, Py_ssize_t size,           # in
     Units units,                              # in   of the row or rows
     real* cached,                             # out  whole vectors, +0 from `size` on; may be x
+    bint with_maximum,                        # in
 ) noexcept nogil:
+    # -> the maximum of x in each lane, as `maximum` has it, if that is asked for
+    cdef vec m = v_set(-INFINITY), logits
     cdef Py_ssize_t i = 0
     while i + LANES <= size:
         v_prefetch(x + i + SEGMENT)           # what comes next, while memory is idle
-        v_store(cached + i, exp_in(units, v_load(x + i)))
+        logits = v_load(x + i)
+        if with_maximum:
+            m = v_max(m, logits)
+        v_store(cached + i, exp_in(units, logits))
         i += LANES
     if i < size:
-        v_store(cached + i, exp_in(units, v_load_first(x + i, <int>(size - i), -INFINITY)))
+        logits = v_load_first(x + i, <int>(size - i), -INFINITY)
+        m = v_max(m, logits)
+        v_store(cached + i, exp_in(units, logits))
+    return m
 
 
-cdef inline vec tree(const real* x) noexcept nogil:
-    cdef vec a = v_add(v_load(x), v_load(x + LANES))
-    cdef vec b = v_add(v_load(x + 2 * LANES), v_load(x + 3 * LANES))
-    cdef vec c = v_add(v_load(x + 4 * LANES), v_load(x + 5 * LANES))
-    cdef vec d = v_add(v_load(x + 6 * LANES), v_load(x + 7 * LANES))
+cdef inline vec tree(const real* x, Py_ssize_t step) noexcept nogil:
+    cdef vec a = v_add(v_load(x), v_load(x + step))
+    cdef vec b = v_add(v_load(x + 2 * step), v_load(x + 3 * step))
+    cdef vec c = v_add(v_load(x + 4 * step), v_load(x + 5 * step))
+    cdef vec d = v_add(v_load(x + 6 * step), v_load(x + 7 * step))
     return v_add(v_add(a, b), v_add(c, d))
+
+
+cdef inline doubles total_of_steps(const real* x, Py_ssize_t groups, Py_ssize_t size, Py_ssize_t step) noexcept nogil:
+    # -> the sum in each lane of the vectors at x, x + step, ...: so many whole groups of them, and what is left
+    cdef doubles total = d_set(0.0), lost = total
+    cdef vec group
+    cdef Py_ssize_t i = 0
+    while groups > 0:
+        total = accumulate(total, v_to_doubles(tree(x + i, step)), &lost)
+        i += GROUP * step
+        groups -= 1
+    if i < size:
+        group = at(x, i, size, 0)
+        i += step
+        while i < size:
+            group = v_add(group, at(x, i, size, 0))
+            i += step
+        total = accumulate(total, v_to_doubles(group), &lost)
+    return total
 
 
 cdef doubles total_of(const real* x, Py_ssize_t size) noexcept nogil:
     # -> the sum in each lane
-    cdef doubles total = d_set(0.0), lost = total
-    cdef vec group
-    cdef Py_ssize_t i = 0
-    while i + GROUP * LANES <= size:
-        total = accumulate(total, v_to_doubles(tree(x + i)), &lost)
-        i += GROUP * LANES
-    if i < size:
-        group = at(x, i, size, 0)
-        i += LANES
-        while i < size:
-            group = v_add(group, at(x, i, size, 0))
-            i += LANES
-        total = accumulate(total, v_to_doubles(group), &lost)
-    return total
+    return total_of_steps(x, size // (GROUP * LANES), size, LANES)
+
+
+cdef doubles total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:
+    # -> the sum in each lane of a tile, added as a row's: each class in the lane that it would have there. The last vector of that
+    # is whole, too: beyond the classes there are zeros.
+    cdef doubles lanes[LANES]
+    cdef Py_ssize_t step = LANES * LANES, size = (classes + LANES - 1) // LANES * step
+    cdef int l
+    for l in range(LANES):
+        lanes[l] = total_of_steps(x + l * LANES, classes // (GROUP * LANES), size - l * LANES, step)
+    return fold_each(lanes)
 
 
 cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:

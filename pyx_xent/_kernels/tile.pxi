@@ -1,4 +1,5 @@
-# Few classes: LANES rows at once, one in each lane.
+# Few classes: LANES rows at once, one in each lane. Planes of up to SHORT_CLASSES go the same way where nothing but the sum adds
+# over classes, because that may be added as a row adds it: so they need not be transposed.
 #
 # A panel of some tiles goes through each step before the next step begins, so that what single rows do to single numbers
 # (reading the target's logit, taking it out of the sum, writing its entry) has long reached the cache when vectors read it.
@@ -19,10 +20,19 @@ cdef void spread_weight(const Problem* p, Panel* panel, real* to) noexcept nogil
             v_store(to + c * LANES, v_set((<const real*>p.options.weight)[c]))
 
 
+cdef void zero_beyond_classes(const Problem* p, Panel* panel) noexcept nogil:
+    # Once: no step writes there.
+    cdef Py_ssize_t beyond = (p.plan.tile_classes - p.classes) * LANES * sizeof(real), t
+    for t in range((p.plan.rows + LANES - 1) // LANES):
+        memset(panel.x + (t * p.plan.tile_classes + p.classes) * LANES, 0, beyond)
+        if panel.other != NULL:
+            memset(panel.other + (t * p.plan.tile_classes + p.classes) * LANES, 0, beyond)
+
+
 cdef void tile_maximum(const Problem* p, real* x, Rows* r, Py_ssize_t position) noexcept nogil:
     # From the tile, or from the state of an earlier call; then the tile is moved if that is too large.
     cdef Py_ssize_t size = p.classes * LANES
-    cdef vec m = v_set(0), zero = m
+    cdef vec m = v_set(0), zero = m, size_of_m
     cdef int l
     if p.have_state:
         for l in range(LANES):
@@ -33,7 +43,8 @@ cdef void tile_maximum(const Problem* p, real* x, Rows* r, Py_ssize_t position) 
         m = maximum(x, size)
         v_store(r.maximum, m)
     v_store(r.base, zero)
-    if v_fold_max(v_max(m, v_sub(zero, m))) >= largest_logit():
+    size_of_m = v_max(m, v_sub(zero, m))
+    if v_any(v_equal(v_max(v_set(largest_logit()), size_of_m), size_of_m)):
         for l in range(LANES):
             r.base[l] = r.maximum[l] if r.live[l] and too_large(r.maximum[l]) else 0
         for l in range(p.classes):
@@ -101,10 +112,10 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
 cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept nogil:
     cdef Py_ssize_t size = p.classes * LANES
     cdef int l
-    exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached)
+    exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached, False)
     if p.have_state:
         return
-    d_store(r.total, total_of(cached, size))
+    d_store(r.total, total_of(cached, size) if p.classes <= FEW_CLASSES else total_of_tile(cached, p.classes))
     if not r.all_live:
         for l in range(LANES):
             r.total[l] = r.total[l] if r.live[l] else 1.0
@@ -141,7 +152,7 @@ cdef void tile_finished(const Problem* p, real* x, const Rows* r) noexcept nogil
 
 cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_ssize_t rows) noexcept nogil:
     # cross_entropy, softmax, log_softmax
-    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.classes * LANES, t
+    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.plan.tile_classes * LANES, t
     cdef int l
     cdef bint has_term = has_class_term(p), logarithm = p.operation == LOG_SOFTMAX
     cdef Rows* r
@@ -184,7 +195,7 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
 
 cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexcept nogil:
     # Of softmax and log_softmax; x is their output, other the upstream gradient.
-    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.classes * LANES, t
+    cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.plan.tile_classes * LANES, t
     cdef Rows* r
     cdef Entries e
     e.operation = p.operation
