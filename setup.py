@@ -41,7 +41,12 @@ DIRECTIVES = {
 
 on_x86_64 = platform.machine().lower() in ("x86_64", "amd64")
 isas = list(ISA_FLAGS) if on_x86_64 else ["baseline"]
-included = [str(path) for pattern in ("*.pxd", "*.h", "_kernels/*.pxi") for path in sorted(Path("pyx_xent").glob(pattern))]
+
+
+def included(name):
+    """What a module of this name may include, so that it is built again when one of these changes."""
+    pxi = "_kernels/*.pxi" if "._kernels." in name else "*.pxi"
+    return [str(path) for pattern in ("*.pxd", "*.h", pxi) for path in sorted(Path("pyx_xent").glob(pattern))]
 
 
 class BuildKernels(build_ext):
@@ -83,13 +88,13 @@ def extension(name):
         [name.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "pyx_xent"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        depends=included,
+        depends=included(name),
     )
 
 
 setup(
     ext_modules=cythonize(
-        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
+        [extension(f"pyx_xent.{name}") for name in ("_call", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

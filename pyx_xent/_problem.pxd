@@ -1,4 +1,4 @@
-# What a kernel gets: plain memory, checked by _arguments.pyx before it is put here. Nothing in it is looked at twice.
+# What a kernel gets: plain memory, checked by _call.pyx before it is put here. Nothing in it is looked at twice.
 #
 # Every array over classes is seen as (outer, classes, inner), whatever its axes were: (N, C) is (1, C, N), and
 # (N, C, d1..dk) is (N, C, d1*..*dk). A row is one (outer, inner) position; positions are numbered in C order.

@@ -79,9 +79,12 @@ def available():
     return limits[reason], reason
 
 
-def _checked(num_threads):
+def checked(num_threads):
+    """`num_threads` as an int of at least 1, or None as it is; TypeError or ValueError otherwise."""
+    if num_threads is None:
+        return None
     try:
-        number = operator.index(num_threads)
+        number = int(operator.index(num_threads))  # int: not of a class that compares in its own way
     except TypeError:
         raise TypeError(f"num_threads must be an int or None, got {type(num_threads).__name__}") from None
     if number < 1:
@@ -91,7 +94,7 @@ def _checked(num_threads):
 
 def for_work(num_threads, elements):
     """Threads for a call on `elements` array elements; `num_threads` is the caller's argument, an upper limit."""
-    asked = None if num_threads is None else _checked(num_threads)
+    asked = checked(num_threads)
     worth = elements // ELEMENTS_WORTH_A_THREAD
     if worth < 2 or asked == 1:
         return 1
@@ -133,4 +136,4 @@ def set_num_threads(num_threads):
     >>> pyx_xent.set_num_threads(None)
     """
     global _chosen
-    _chosen = None if num_threads is None else _checked(num_threads)
+    _chosen = checked(num_threads)

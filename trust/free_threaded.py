@@ -16,7 +16,7 @@ PACKAGES = [
     "tqdm",
     "ml_dtypes",
 ]
-MODULES = ["pyx_xent._arguments", "pyx_xent._runtime", "pyx_xent._kernels.baseline", "pyx_xent._kernels.{isa}"]
+MODULES = ["pyx_xent._call", "pyx_xent._runtime", "pyx_xent._kernels.baseline", "pyx_xent._kernels.{isa}"]
 TESTS = ["arguments", "edges", "half", "linear", "losses", "values"]
 NO_LOCK = """
 import importlib, sys

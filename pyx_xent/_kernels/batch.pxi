@@ -8,7 +8,7 @@
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport threadid
 
-from pyx_xent._arguments cimport SMALL_SCRATCH, Call
+from pyx_xent._call cimport SMALL_SCRATCH, Call
 
 cdef enum:
     WORTH_ALIGNING = 1024         # rows side by side, of which a few are worth a tile of their own
@@ -228,8 +228,8 @@ cdef void do_slice(
                 block.excluded[l] = p.target[position + l]
                 block.dead[l] = 1.0 if p.target[position + l] < 0 else 0.0
         else:
-            for l in range(block.rows):
-                block.dead[l] = 0
+            for l in range(block.rows):           # labels of rows without weight are -1; probabilities have no such mark
+                block.dead[l] = 1.0 if p.sample_weight != NULL and p.sample_weight[position + l] == 0 else 0.0
         block.live = 0
         for l in range(block.rows):
             block.live += block.dead[l] == 0
