@@ -58,11 +58,12 @@ DIRECTIVES = {
 }
 
 kernels = [module.removeprefix("pyx_xent.") for isa in isas for module in _isas["modules"](isa).values()]
-included = [
-    str(path)
-    for pattern in ("*.pxd", "*.pxi", "*.h", "_kernels/*.pxi", "_kernels/*.h")
-    for path in sorted(Path("pyx_xent").glob(pattern))
-]
+
+
+def included(name):
+    """What a module of this name may include, so that it is built again when one of these changes."""
+    patterns = ("*.pxd", "*.h", "_kernels/*.pxi", "_kernels/*.h") if "._kernels." in name else ("*.pxd", "*.h", "*.pxi")
+    return [str(path) for pattern in patterns for path in sorted(Path("pyx_xent").glob(pattern))]
 
 
 class BuildKernels(build_ext):
@@ -126,13 +127,13 @@ def extension(name):
         [name.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "pyx_xent", "pyx_xent/_kernels"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        depends=included,
+        depends=included(name),
     )
 
 
 setup(
     ext_modules=cythonize(
-        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *kernels)],
+        [extension(f"pyx_xent.{name}") for name in ("_call", "_runtime", *kernels)],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

@@ -1,6 +1,10 @@
 """Cross-entropy, softmax and their gradients on CPUs.
 
-functional.py ── _arguments.pyx      every argument checked, then a Problem: plain memory, and a plan (_plan.pxi)
+functional.py ── _call.pyx           one entry an operation: every argument checked, then a Problem: plain memory
+      │            _call_checks.pxi      one argument each, the Options of a loss
+      │            _call_labels.pxi      labels copied and checked; which rows count
+      │            _call_memory.pxi      strides, overlap, outputs, pointers
+      │            _plan.pxi             which kernel, how many rows together, threads, scratch
       │
       └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512, neon}_{float, double}
                                        batch.pxi              rows handed to threads

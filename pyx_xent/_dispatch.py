@@ -9,7 +9,7 @@ import importlib.util
 import os
 from contextlib import contextmanager
 
-from . import _arguments, _isas, _runtime
+from . import _call, _isas, _runtime
 
 ISAS = _isas.of_machine()
 
@@ -33,7 +33,7 @@ def activate(isa):
     """Compute with `isa` from now on, in the whole process."""
     global active
     kernels = load(isa)
-    _arguments.use_kernels(kernels["float"].run, kernels["double"].run, isa)
+    _call.use_kernels(kernels["float"].run, kernels["double"].run, isa)
     active = isa
 
 

@@ -33,7 +33,42 @@ cdef bint adds_only_exponentials(const Problem* p) noexcept:
     return p.operation == SOFTMAX or p.operation == LOG_SOFTMAX
 
 
+cdef int threads_for(Call call) except -1:
+    # A function of Python's, so before the pointers are taken.
+    cdef double nanoseconds = nanoseconds_for(call)
+    if call.num_threads == 1 or nanoseconds < 2 * <double>_threads.NANOSECONDS_WORTH_A_THREAD:
+        return 1  # what _threads would say, without asking
+    return _threads.limited(call.num_threads, nanoseconds)
+
+
+cdef double nanoseconds_for(Call call) noexcept:
+    return nanoseconds_of_number * call.classes * call.rows * (2 if call.problem.is_double else 1)
+
+
+cdef int settle_shape(Problem* p) noexcept:
+    # As few axes as the strides allow: a batch of rows is (1, classes, rows), so that a tile can hold LANES of them.
+    cdef Strided* arrays[3]
+    cdef bint one_stride = True
+    cdef int k
+    arrays[0], arrays[1], arrays[2] = &p.logits, &p.other, &p.out
+    if p.inner == 1:
+        p.inner = p.outer
+        p.outer = 1
+        for k in range(3):
+            arrays[k].inner = arrays[k].outer
+            arrays[k].outer = 0
+    for k in range(3):
+        if arrays[k].data != NULL:
+            one_stride = one_stride and arrays[k].outer == arrays[k].inner * p.inner
+    if one_stride and p.outer > 1:
+        p.inner *= p.outer
+        p.outer = 1
+    return 0
+
+
 cdef int plan(Call call) except -1:
+    # Last step of every call: in the problem are the arrays as they are in memory, and the number of threads. It allocates without
+    # Python code: see set_pointers.
     cdef Problem* p = &call.problem
     cdef Plan* plan = &p.plan
     cdef Py_ssize_t lanes = DOUBLE_LANES if p.is_double else FLOAT_LANES, itemsize = 64 // lanes
@@ -41,8 +76,6 @@ cdef int plan(Call call) except -1:
     cdef int k
     cdef bint few = p.classes <= FEW_CLASSES
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
-    cdef double nanoseconds = nanoseconds_of_number * p.classes * positions * (2 if p.is_double else 1)
-    plan.num_threads = 1 if call.threads_asked == 1 else _threads.limited(call.threads_asked, nanoseconds)
     plan.shared = (
         plan.num_threads > 1 and positions < min(4 * plan.num_threads, <int>FLOAT_LANES) and p.classes >= CLASSES_WORTH_SHARING
     )
@@ -85,7 +118,7 @@ cdef int plan(Call call) except -1:
         if not plan.shared and segments == 1 and is_plane(&p.logits) and is_plane(&p.other) and is_plane(&p.out):
             plan.staged = min(max(lanes, STAGED_NUMBERS // p.classes // lanes * lanes), rounded_up(p.inner, lanes))
     parts = PARTS_OF_A_THREAD * plan.num_threads
-    parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds / NANOSECONDS_WORTH_A_PART)))
+    parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds_for(call) / NANOSECONDS_WORTH_A_PART)))
     plan.part = max(1, (positions + parts - 1) // parts)
     if plan.part > plan.rows:
         plan.part = rounded_up(plan.part, plan.rows)

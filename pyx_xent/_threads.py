@@ -116,9 +116,11 @@ def available():
 
 
 def checked(num_threads):
-    """The caller's num_threads as an int; TypeError or ValueError if it is none, or below 1."""
+    """`num_threads` as an int of at least 1, or None as it is; TypeError or ValueError otherwise."""
+    if num_threads is None:
+        return None
     try:
-        number = operator.index(num_threads)
+        number = int(operator.index(num_threads))  # int: not of a class that compares in its own way
     except TypeError:
         raise TypeError(f"num_threads must be an int or None, got {type(num_threads).__name__}") from None
     if number < 1:
@@ -127,12 +129,12 @@ def checked(num_threads):
 
 
 def limited(asked, nanoseconds):
-    """Threads for work that takes one thread so long; the caller allows `asked`, or any number if that is 0."""
+    """Threads for work that takes one thread so long; the caller allows `asked`, or any number if that is None."""
     worth = int(nanoseconds / NANOSECONDS_WORTH_A_THREAD)
     if worth < 2 or asked == 1:
         return 1
     threads = min(worth, available()[0])
-    return min(threads, asked) if asked else threads
+    return threads if asked is None else min(threads, asked)
 
 
 def get_num_threads():
@@ -169,4 +171,4 @@ def set_num_threads(num_threads):
     >>> pyx_xent.set_num_threads(None)
     """
     global _chosen
-    _chosen = None if num_threads is None else checked(num_threads)
+    _chosen = checked(num_threads)

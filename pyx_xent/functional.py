@@ -1,6 +1,6 @@
 """The functions: NumPy in, NumPy out. Each checks its arguments, runs a kernel, and returns what was asked for."""
 
-from . import _arguments
+from . import _call
 
 __all__ = [
     "cross_entropy",
@@ -27,6 +27,7 @@ def cross_entropy(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    loss_dtype=None,
     out=None,
     num_threads=None,
 ):
@@ -102,10 +103,10 @@ def cross_entropy(
     >>> cross_entropy(logits, [0, -100], reduction="none").round(4)
     array([0.2413, 0.    ])
     """
-    call = _arguments.cross_entropy(
-        logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty,
-        out, num_threads,
-    )  # fmt: skip
+    options = _call.options(
+        weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, loss_dtype
+    )
+    call = _call.cross_entropy(logits, target, options, out, num_threads)
     call.run()
     return call.loss()
 
@@ -123,6 +124,7 @@ def cross_entropy_with_grad(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    loss_dtype=None,
     out=None,
     num_threads=None,
     grad_output=None,
@@ -165,15 +167,26 @@ out, num_threads
     array([[-0.1072,  0.0876,  0.0196],
            [ 0.0226, -0.0453,  0.0226]])
     """
-    call = _arguments.cross_entropy(
-        logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty,
-        out, num_threads, grad_output, grad_out, True,
-    )  # fmt: skip
+    options = _call.options(
+        weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, loss_dtype
+    )
+    call = _call.cross_entropy_with_grad(logits, target, options, out, num_threads, grad_output, grad_out)
     call.run()
     return call.loss(), call.gradient()
 
 
-def nll_loss(log_probs, target, weight=None, *, ignore_index=-100, reduction="mean", axis=None, out=None, num_threads=None):
+def nll_loss(
+    log_probs,
+    target,
+    weight=None,
+    *,
+    ignore_index=-100,
+    reduction="mean",
+    axis=None,
+    loss_dtype=None,
+    out=None,
+    num_threads=None,
+):
     """Negative log-likelihood of class indices under given log-probabilities, as ``torch.nn.functional.nll_loss``.
 
     A row ℓ with class index y costs -w_y ℓ_y.
@@ -201,9 +214,8 @@ def nll_loss(log_probs, target, weight=None, *, ignore_index=-100, reduction="me
     >>> float(nll_loss(np.log([[0.25, 0.75], [0.5, 0.5]]), [1, 0]).round(4))
     0.4904
     """
-    call = _arguments.cross_entropy(
-        log_probs, target, weight, ignore_index, reduction, 0.0, axis, None, None, 0.0, "nan", out, num_threads, nll=True
-    )
+    options = _call.options(weight, ignore_index, reduction, axis=axis, loss_dtype=loss_dtype)
+    call = _call.nll(log_probs, target, options, out, num_threads)
     call.run()
     return call.loss()
 
@@ -216,6 +228,7 @@ def nll_loss_with_grad(
     ignore_index=-100,
     reduction="mean",
     axis=None,
+    loss_dtype=None,
     out=None,
     num_threads=None,
     grad_output=None,
@@ -249,10 +262,8 @@ def nll_loss_with_grad(
     array([[ 0. , -0.5],
            [-0.5,  0. ]])
     """
-    call = _arguments.cross_entropy(
-        log_probs, target, weight, ignore_index, reduction, 0.0, axis, None, None, 0.0, "nan", out, num_threads,
-        grad_output, grad_out, True, nll=True,
-    )  # fmt: skip
+    options = _call.options(weight, ignore_index, reduction, axis=axis, loss_dtype=loss_dtype)
+    call = _call.nll_with_grad(log_probs, target, options, out, num_threads, grad_output, grad_out)
     call.run()
     return call.loss(), call.gradient()
 
@@ -287,7 +298,7 @@ def softmax(x, axis=-1, *, out=None, num_threads=None):
     >>> softmax(np.array([0.0, np.log(3.0)]))
     array([0.25, 0.75])
     """
-    call = _arguments.softmax(x, axis, out, num_threads, False)
+    call = _call.softmax(x, axis, out, num_threads)
     call.run()
     return call.gradient()
 
@@ -303,7 +314,7 @@ def log_softmax(x, axis=-1, *, out=None, num_threads=None):
     >>> float(log_softmax(np.array([40.0, 0.0]))[0])
     -4.248354255291589e-18
     """
-    call = _arguments.softmax(x, axis, out, num_threads, True)
+    call = _call.log_softmax(x, axis, out, num_threads)
     call.run()
     return call.gradient()
 
@@ -334,7 +345,7 @@ def softmax_backward(grad_output, output, axis=-1, *, out=None, num_threads=None
     >>> softmax_backward(np.array([1.0, 0.0]), np.array([0.25, 0.75]))
     array([ 0.1875, -0.1875])
     """
-    call = _arguments.softmax_backward(grad_output, output, axis, out, num_threads, False)
+    call = _call.softmax_backward(grad_output, output, axis, out, num_threads)
     call.run()
     return call.gradient()
 
@@ -350,6 +361,6 @@ def log_softmax_backward(grad_output, output, axis=-1, *, out=None, num_threads=
     >>> log_softmax_backward(np.array([1.0, 0.0]), np.log([0.25, 0.75]))
     array([ 0.75, -0.75])
     """
-    call = _arguments.softmax_backward(grad_output, output, axis, out, num_threads, True)
+    call = _call.log_softmax_backward(grad_output, output, axis, out, num_threads)
     call.run()
     return call.gradient()

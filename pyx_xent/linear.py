@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from . import _arguments, _threads
+from . import _call, _threads
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
@@ -42,6 +42,7 @@ def linear_cross_entropy(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    loss_dtype=None,
     logit_scale=1.0,
     softcap=None,
     shift=False,
@@ -62,7 +63,7 @@ def linear_cross_entropy(
         out of the products. Or class probabilities, with C for the last axis.
     linear_bias : array_like, shape (C,), optional
         Of the dtype of `hidden`.
-    weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, z_loss, empty, out, num_threads
+    weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, z_loss, empty, loss_dtype, out, num_threads
         As for `cross_entropy`. `num_threads` is of the loss; the products have those of NumPy's BLAS.
     logit_scale : float
         Multiplies the logits, before `softcap`.
@@ -78,7 +79,7 @@ def linear_cross_entropy(
     Returns
     -------
     loss : scalar or ndarray
-        As from `cross_entropy`, of the dtype of `hidden`.
+        As from `cross_entropy`, of the dtype of `hidden` or `loss_dtype`.
 
     Raises
     ------
@@ -93,9 +94,12 @@ def linear_cross_entropy(
     >>> float(linear_cross_entropy(hidden, linear_weight, [0, 1]).round(4))
     0.1324
     """
+    options = _call.options(
+        weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty, loss_dtype
+    )
     problem = Problem(
-        hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer,
-        z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes,
+        hidden, linear_weight, target, options, linear_bias=linear_bias, logit_scale=logit_scale, softcap=softcap, shift=shift,
+        out=out, num_threads=num_threads, chunk_bytes=chunk_bytes,
     )  # fmt: skip
     return run(problem).loss()
 
@@ -114,6 +118,7 @@ def linear_cross_entropy_with_grad(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    loss_dtype=None,
     logit_scale=1.0,
     softcap=None,
     shift=False,
@@ -129,7 +134,7 @@ def linear_cross_entropy_with_grad(
     Parameters
     ----------
     hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, \
-z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes
+z_loss, empty, loss_dtype, logit_scale, softcap, shift, out, num_threads, chunk_bytes
         As for `linear_cross_entropy`.
     grad_output : float or array_like, optional
         Upstream gradient: a scalar, or for reduction "none" also an array with the shape of the loss. 1 by default.
@@ -161,9 +166,12 @@ z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes
     >>> grad_bias is None
     True
     """
+    options = _call.options(
+        weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty, loss_dtype
+    )
     problem = Problem(
-        hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer,
-        z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes, grad_output,
+        hidden, linear_weight, target, options, linear_bias=linear_bias, logit_scale=logit_scale, softcap=softcap, shift=shift,
+        out=out, num_threads=num_threads, chunk_bytes=chunk_bytes, grad_output=grad_output,
     )  # fmt: skip
     call, gradients = run_with_gradients(problem, grad_out, wanted)
     return call.loss(), gradients
@@ -251,7 +259,7 @@ def _empty(shape, dtype):
 
 
 def _finite(value, name):
-    value = _arguments.as_double(value, name)
+    value = _call.as_double(value, name)
     if not np.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return value
@@ -309,30 +317,36 @@ class Problem:
     """The checked arguments, and what is done with some rows between the products."""
 
     def __init__(
-        self, hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight,
-        normalizer, z_loss, empty, logit_scale, softcap, shift, out, num_threads, chunk_bytes, grad_output=None,
-        products=Products,
+        self, hidden, linear_weight, target, options, *, linear_bias=None, logit_scale=1.0, softcap=None, shift=False, out=None,
+        num_threads=None, chunk_bytes=None, grad_output=None, products=Products,
     ):  # fmt: skip
-        hidden = _arguments.floating(hidden, "hidden")
-        linear_weight = _arguments.floating(linear_weight, "linear_weight")
+        # First what runs code of the caller's; afterwards arrays are looked at.
+        hidden = _call.floating(hidden, "hidden")
+        linear_weight = _call.floating(linear_weight, "linear_weight")
+        bias = None if linear_bias is None else _call.floating(linear_bias, "linear_bias")
+        given = target = _call.as_array(target, "target")
+        grad_output = None if grad_output is None else _call.as_real(grad_output, "grad_output")
+        self.logit_scale = _finite(logit_scale, "logit_scale")
+        self.softcap = None if softcap is None else _finite(softcap, "softcap")
+        num_threads = _threads.checked(num_threads)
+        chunk_bytes = None if chunk_bytes is None else int(operator.index(chunk_bytes))
+        shift = bool(shift)
+        loss_memory = None if out is None else _call.as_output(out, "out")
+
         if linear_weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != linear_weight.shape[1]:
             raise ValueError(
                 f"hidden must have shape (..., H) and linear_weight (C, H), got {hidden.shape} and {linear_weight.shape}"
             )
         classes = len(linear_weight)
-        bias = None if linear_bias is None else _arguments.floating(linear_bias, "linear_bias")
         for name, array in (("linear_weight", linear_weight), ("linear_bias", bias)):
             if array is not None and array.dtype != hidden.dtype:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {array.dtype}")
         if bias is not None and bias.shape != (classes,):
             raise ValueError(f"linear_bias must have shape ({classes},), got {bias.shape}")
-        self.logit_scale = _finite(logit_scale, "logit_scale")
-        self.softcap = None if softcap is None else _finite(softcap, "softcap")
         if softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
-        if chunk_bytes is not None and operator.index(chunk_bytes) < 1:
+        if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
-        given = target = _arguments.as_array(target, "target")
         rows = hidden.shape[:-1]
         self.shape = hidden.shape
         self.hidden = hidden.reshape(math.prod(rows), hidden.shape[-1])
@@ -344,23 +358,21 @@ class Problem:
                 )
             self.places = self.places.reshape(rows)[..., :-1].ravel()
             rows, target = (*rows[:-1], max(0, rows[-1] - 1)), target[..., 1:]
-        # Everything that cross_entropy would check, on a stand-in for the logits that takes no memory.
-        stand_in = np.broadcast_to(np.zeros((), hidden.dtype), (*rows, classes))
-        self.inputs = (hidden, linear_weight, given, bias, weight, sample_weight, grad_output)
+        self.checked = _call.rows_of_linear(rows, classes, hidden.dtype, target, options, grad_output)
         self.names = ("hidden", "linear_weight", "target", "linear_bias", "weight", "sample_weight", "grad_output")
+        self.inputs = (hidden, linear_weight, given, bias, options.weight, options.sample_weight, grad_output)
         if out is not None:
-            shape = rows if reduction == "none" else ()
-            _arguments.check_output(out, "out", shape, np.asarray(out).dtype, self.inputs, self.names)
-            self.inputs, self.names = (*self.inputs, out), (*self.names, "out")
-        self.checked = _arguments.cross_entropy(
-            stand_in, target, weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty,
-            out, num_threads, grad_output,
-        )  # fmt: skip
-        self.labels, self.samples, self.factor = self.checked.of_rows()
+            self.checked.write_loss_to(loss_memory, out, self.names, self.inputs)
+            self.inputs, self.names = (*self.inputs, loss_memory), (*self.names, "out")
+        self.labels, self.samples, self.factor = self.checked.labels(), self.checked.sample_weights(), self.checked.grad_scale()
         self.probabilities = target.reshape(len(self.places), classes) if self.labels is None else None
-        self.weight, self.label_smoothing, self.z_loss = weight, label_smoothing, z_loss
+        self.options = options
         self.losses = np.zeros(len(self.places))
-        live = np.arange(len(self.places)) if self.labels is None else np.flatnonzero(self.labels >= 0)
+        live = np.arange(len(self.places))
+        if self.labels is not None:
+            live = np.flatnonzero(self.labels >= 0)
+        elif self.samples is not None:
+            live = np.flatnonzero(self.samples)  # SPEC S28
         self.products = products(linear_weight)
         self.bias = None if bias is None else self.products.wide(bias) * self.products.dtype.type(self.logit_scale)
         row_bytes = max(1, classes * self.products.buffer_dtype.itemsize)
@@ -370,8 +382,7 @@ class Problem:
         self.chunks = [live[first : first + size] for first in range(0, len(live), max(1, size))]
         self.buffer = _empty((size, classes), self.products.buffer_dtype)
         if self.products.on_python_threads:
-            asked = 0 if num_threads is None else _threads.checked(num_threads)
-            self.parts, self.threads_of_part = _threads.limited(asked, self.buffer.size * NANOSECONDS_OF_A_LOGIT), 1
+            self.parts, self.threads_of_part = _threads.limited(num_threads, self.buffer.size * NANOSECONDS_OF_A_LOGIT), 1
         else:
             self.parts, self.threads_of_part = 1, num_threads
 
@@ -416,19 +427,21 @@ class Problem:
 
     def _losses(self, rows, logits, want_gradient):
         target = self.labels[rows] if self.probabilities is None else self.probabilities[_neighbours(rows)]
-        factor = self.factor if np.ndim(self.factor) == 0 else self.factor[rows]
-        call = _arguments.cross_entropy(
-            logits, target, self.weight, -100, "none", self.label_smoothing, -1,
-            None if self.samples is None else self.samples[rows], None, self.z_loss, "nan", None, self.threads_of_part,
-            *((factor, logits, True) if want_gradient else ()),
-        )  # fmt: skip
+        options = self.options.of_rows(None if self.samples is None else self.samples[rows])
+        if want_gradient:
+            factor = self.factor if np.ndim(self.factor) == 0 else self.factor[rows]
+            call = _call.cross_entropy_with_grad(
+                logits, target, options, num_threads=self.threads_of_part, grad_output=factor, grad_out=logits
+            )
+        else:
+            call = _call.cross_entropy(logits, target, options, num_threads=self.threads_of_part)
         call.run()
-        call.gradient()
+        if want_gradient:
+            call.gradient()
         self.losses[rows] = call.loss_in_double()
 
     def call(self):
-        self.checked.take(self.losses)
-        return self.checked
+        return self.checked.reduce(self.losses)
 
 
 class Gradients:
@@ -448,10 +461,10 @@ class Gradients:
         for k, (name, shape, given) in enumerate(zip(GRADIENTS, shapes, grad_out, strict=True)):
             if given is not None:
                 title = f"grad_out[{k}]"
-                _arguments.check_output(given, title, shape, dtype, inputs, names)
-                if not given.flags.c_contiguous:
+                memory = _call.checked_output(given, title, shape, dtype, names, inputs)
+                if not memory.flags.c_contiguous:
                     raise ValueError(f"{title} must be C-contiguous")
-                inputs, names = (*inputs, given), (*names, title)
+                inputs, names = (*inputs, memory), (*names, title)
             if name in wanted and not (name == "linear_bias" and problem.bias is None):
                 self.arrays[name] = _empty(shape, dtype) if given is None else given
         if "hidden" in self.arrays and sum(map(len, problem.chunks)) < len(problem.hidden):

@@ -1,6 +1,6 @@
 """Objects with the constructors of torch.nn's modules: called for the loss, asked afterwards for the gradient."""
 
-from . import _arguments, functional
+from . import _call, functional
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "Softmax"]
 
@@ -59,10 +59,8 @@ class CrossEntropyLoss(_Options):
     def __call__(self, logits, target):
         """The loss of `logits` for `target`; see `pyx_xent.cross_entropy` for shapes, dtypes and errors."""
         self._last = None
-        call = _arguments.cross_entropy(
-            logits, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing, None, None, None, 0.0,
-            "nan", None, None, keep_state=True,
-        )  # fmt: skip
+        options = _call.options(self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+        call = _call.cross_entropy_with_state(logits, target, options)
         call.run()
         self._last = call
         return call.loss()
@@ -111,10 +109,7 @@ class NLLLoss(_Options):
     def __call__(self, log_probs, target):
         """The loss of `log_probs` for `target`; see `pyx_xent.nll_loss`."""
         self._last = None
-        call = _arguments.cross_entropy(
-            log_probs, target, self.weight, self.ignore_index, self.reduction, 0.0, None, None, None, 0.0, "nan", None,
-            None, nll=True,
-        )  # fmt: skip
+        call = _call.nll(log_probs, target, _call.options(self.weight, self.ignore_index, self.reduction))
         call.run()
         self._last = call
         return call.loss()

@@ -16,6 +16,7 @@ import math
 import threading
 import types
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
 
-from . import _arguments, linear
+from . import _call, linear
 
 __all__ = [
     "CrossEntropyLoss",
@@ -48,10 +49,10 @@ _theirs = {"cross_entropy": torch.nn.functional.cross_entropy, "nll_loss": torch
 
 
 def _array(tensor):
-    """The memory of a tensor as an array for _arguments."""
+    """The memory of a tensor as an array for _call."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
     if tensor.dtype is torch.bfloat16:  # unknown to NumPy
-        return _array(tensor.view(torch.int16)).view(_arguments.bfloat16_bits)
+        return _array(tensor.view(torch.int16)).view(_call.bfloat16_bits)
     try:
         return tensor.numpy()
     except RuntimeError:
@@ -62,7 +63,7 @@ def _array(tensor):
 
 def _tensor(array):
     """The other way round."""
-    if array.dtype == _arguments.bfloat16_bits:
+    if array.dtype == _call.bfloat16_bits:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -91,7 +92,7 @@ class _Memory:
             buffer = None
         if buffer is None or buffer.nbytes != size or held() is not None:
             buffer = np.empty(size, np.uint8)
-        array = buffer.view(np.int16 if dtype is _arguments.bfloat16_bits else dtype).reshape(shape)
+        array = buffer.view(np.int16 if dtype is _call.bfloat16_bits else dtype).reshape(shape)
         self._last = [(buffer, weakref.ref(array))] if size <= self.limit else []
         return array  # the very object that the storage of a tensor keeps: the buffer is free when it is gone
 
@@ -127,7 +128,7 @@ _ARRAY_DTYPES = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
     torch.float16: np.dtype(np.float16),
-    torch.bfloat16: _arguments.bfloat16_bits,
+    torch.bfloat16: _call.bfloat16_bits,
 }
 
 
@@ -149,6 +150,27 @@ def _gradient_like(input):
 # One call of the kernels
 
 
+class _Options(NamedTuple):
+    """What a loss is asked for besides tensors, as the operators take it."""
+
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    log_probs: bool  # nll_loss
+
+
+class _LinearOptions(NamedTuple):
+    """Likewise, of a linear layer and its loss."""
+
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    logit_scale: float
+    softcap: float | None
+    shift: bool
+    chunk_bytes: int | None
+
+
 def _weight_array(weight):
     """Of class weights, which may be absent; they are cast in any case, so bfloat16 ones here."""
     return None if weight is None else _array(weight.float() if weight.dtype is torch.bfloat16 else weight)
@@ -159,17 +181,41 @@ def _upstream(grad_output):
     return _array(grad_output.double()) if grad_output.dim() else float(grad_output)
 
 
-def _call(input, target, weight, options, grad_output=None, grad_out=None, want_gradient=False, keep_state=False, state=None):
-    """Checked and computed; the last five as for _arguments.cross_entropy."""
-    reduction, ignore_index, label_smoothing, log_probs = options
-    call = _arguments.cross_entropy(
-        _array(input), _array(target), _weight_array(weight), ignore_index, reduction, label_smoothing,
-        None, None, None, 0.0, "nan", None,
-        None if input.numel() < _SERIAL else torch.get_num_threads(),
-        grad_output, grad_out, want_gradient, keep_state, state, log_probs,
-    )  # fmt: skip
+def _arguments(input, target, weight, options):
+    """Of an entry of _call: (logits, target, options)"""
+    converted = _call.options(_weight_array(weight), options.ignore_index, options.reduction, options.label_smoothing)
+    return _array(input), _array(target), converted
+
+
+def _threads(input):
+    return None if input.numel() < _SERIAL else torch.get_num_threads()
+
+
+def _ran(call):
     call.run()
     return call
+
+
+def _with_loss(input, target, weight, options):
+    entry = _call.nll if options.log_probs else _call.cross_entropy
+    return _ran(entry(*_arguments(input, target, weight, options), num_threads=_threads(input)))
+
+
+def _with_state(input, target, weight, options):
+    """The call that has the loss, and what _gradient takes: an array, (2, rows) float64. None of log-probabilities."""
+    if options.log_probs:
+        return _with_loss(input, target, weight, options), None
+    call = _ran(_call.cross_entropy_with_state(*_arguments(input, target, weight, options), num_threads=_threads(input)))
+    return call, call.row_state()
+
+
+def _with_gradient(input, target, weight, options, grad_output=None, grad_out=None):
+    entry = _call.nll_with_grad if options.log_probs else _call.cross_entropy_with_grad
+    return _ran(
+        entry(
+            *_arguments(input, target, weight, options), num_threads=_threads(input), grad_output=grad_output, grad_out=grad_out
+        )
+    )
 
 
 def _loss_dtype(input, target, weight):
@@ -190,9 +236,20 @@ def _loss(call, dtype):
 
 def _gradient(grad_output, input, target, weight, state, options, out):
     """The gradient with respect to the logits, written into the tensor `out`; faster from the state that the loss has left."""
-    if grad_output.dim() and options[0] != "none":
-        raise ValueError(f"grad_output must be a scalar for reduction={options[0]!r}, got shape {tuple(grad_output.shape)}")
-    _call(input, target, weight, options, _upstream(grad_output), _array(out), want_gradient=True, state=state).gradient()
+    if grad_output.dim() and options.reduction != "none":
+        raise ValueError(
+            f"grad_output must be a scalar for reduction={options.reduction!r}, got shape {tuple(grad_output.shape)}"
+        )
+    if state is None or options.log_probs:
+        call = _with_gradient(input, target, weight, options, _upstream(grad_output), _array(out))
+    else:
+        call = _ran(
+            _call.cross_entropy_gradient(
+                *_arguments(input, target, weight, options), state, num_threads=_threads(input),
+                grad_output=_upstream(grad_output), grad_out=_array(out),
+            )
+        )  # fmt: skip
+    call.gradient()
     return out
 
 
@@ -205,8 +262,10 @@ def _cross_entropy_op(
     reduction: str, ignore_index: int, label_smoothing: float, log_probs: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, what the gradient needs of each row)"""
-    call = _call(input, target, weight, (reduction, ignore_index, label_smoothing, log_probs), keep_state=True)
-    return _loss(call, _loss_dtype(input, target, weight)), torch.from_numpy(call.row_state())
+    call, state = _with_state(input, target, weight, _Options(reduction, ignore_index, label_smoothing, log_probs))
+    loss = _loss(call, _loss_dtype(input, target, weight))
+    rows = input.numel() // max(1, input.shape[_class_axis(input)])
+    return loss, torch.zeros(2, rows, dtype=torch.float64) if state is None else torch.from_numpy(state)
 
 
 @torch.library.custom_op("pyx_xent::cross_entropy_backward", mutates_args=(), device_types="cpu")
@@ -215,7 +274,7 @@ def _backward_op(
     weight: Tensor | None, state: Tensor | None,
     reduction: str, ignore_index: int, label_smoothing: float, log_probs: bool,
 ) -> Tensor:  # fmt: skip
-    options = reduction, ignore_index, label_smoothing, log_probs
+    options = _Options(reduction, ignore_index, label_smoothing, log_probs)
     state = None if state is None else state.numpy()
     return _gradient(grad_output, input, target, weight, state, options, _gradient_like(input))
 
@@ -293,13 +352,12 @@ def _differentiable(grad_output, input, target, weight, options, cotangent):
 
 def _gradient_of_target(grad_output, input, target, weight, options):
     """SPEC S31, of class probabilities: (1-ε) g w_c (-ℓ_c). In PyTorch's operations: seldom asked for."""
-    reduction, _, smoothing, _ = options
     axis = _class_axis(input)
     dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), torch.float32)
     g = grad_output.to(dtype)
-    if reduction == "mean":
+    if options.reduction == "mean":
         g = g / (input.numel() / input.shape[axis])
-    gradient = -(1 - smoothing) * (g.unsqueeze(axis) if g.dim() else g) * input.to(dtype).log_softmax(axis)
+    gradient = -(1 - options.label_smoothing) * (g.unsqueeze(axis) if g.dim() else g) * input.to(dtype).log_softmax(axis)
     if weight is not None:
         gradient = gradient * weight.to(dtype).view([-1] + [1] * (input.dim() - axis - 1))
     return gradient.to(target.dtype)
@@ -316,7 +374,7 @@ def _gradients(grad_output, input, target, weight, state, options, needed):
 def _op_setup(ctx, inputs, output):
     input, target, weight, *options = inputs
     ctx.save_for_backward(input, target, weight, output[1])
-    ctx.options = tuple(options)
+    ctx.options = _Options(*options)
 
 
 def _op_backward(ctx, grad_output, _):
@@ -328,7 +386,7 @@ def _op_backward(ctx, grad_output, _):
 def _backward_setup(ctx, inputs, output):
     grad_output, input, target, weight, _, *options = inputs
     ctx.save_for_backward(grad_output, input, target, weight)
-    ctx.options = tuple(options)
+    ctx.options = _Options(*options)
 
 
 def _backward_backward(ctx, cotangent):
@@ -360,15 +418,14 @@ class _Made:
         self.options, self.inplace = options, inplace
         self.gradient = []  # or, for an upstream gradient of 1, [it], until it is given away
         self.state = None
-        early = _made_early and options[0] != "none" and not inplace and input.requires_grad and _may_keep_gradients()
+        early = _made_early and options.reduction != "none" and not inplace and input.requires_grad and _may_keep_gradients()
         if early:
             large = _large_gradient(input)
-            call = _call(input, target, weight, options, None, None if large is None else _array(large), want_gradient=True)
+            call = _with_gradient(input, target, weight, options, grad_out=None if large is None else _array(large))
             gradient = call.gradient()
             self.gradient = [_tensor(gradient) if large is None else large]
         else:
-            call = _call(input, target, weight, options, keep_state=True)
-            self.state = call.row_state()
+            call, self.state = _with_state(input, target, weight, options)
         self.loss = _loss(call, dtype)
         self.read = [(target, target._version)]
         if weight is not None:
@@ -409,8 +466,8 @@ class _Loss(torch.autograd.Function):
                 grad_input = made.gradient.pop()  # by one thread only
             except IndexError:
                 grad_input = None
-            is_for_one = made.options[0] != "none" and grad_output.item() == 1
-            if made.options[0] != "none":
+            is_for_one = made.options.reduction != "none" and grad_output.item() == 1
+            if made.options.reduction != "none":
                 _made_early = is_for_one
             if grad_input is None or not is_for_one:
                 grad_input = _Loss._now(ctx, made, grad_output, grad_input)
@@ -463,11 +520,11 @@ def _refuse_gradient(weight):
 
 
 def _compute(name, input, target, weight, options, inplace):
-    """The loss: options are reduction, ignore_index, label_smoothing, log_probs."""
+    """The loss."""
     compiling = torch.compiler.is_compiling()
     if not compiling and _is_transformed():
-        smoothing = {} if options[3] else {"label_smoothing": options[2]}
-        return _theirs[name](input, target, weight, reduction=options[0], ignore_index=options[1], **smoothing)
+        smoothing = {} if options.log_probs else {"label_smoothing": options.label_smoothing}
+        return _theirs[name](input, target, weight, reduction=options.reduction, ignore_index=options.ignore_index, **smoothing)
     plain = not compiling and _is_plain(input, target, weight)
     if not (plain or compiling):
         for what, tensor in (("input", input), ("target", target), ("weight", weight)):
@@ -485,7 +542,7 @@ def _compute(name, input, target, weight, options, inplace):
         inplace = inplace and not input.is_neg()  # whose memory holds other numbers than it shows
         made = _Made(input, target, weight, options, dtype, inplace)
         return _apply(input, target if target.requires_grad else None, weight, made)
-    return _loss(_call(input, target, weight, options), dtype)
+    return _loss(_with_loss(input, target, weight, options), dtype)
 
 
 # A linear layer and its loss
@@ -546,11 +603,12 @@ class _Products(linear.Products):
 
 
 def _linear_problem(input, linear_weight, target, linear_bias, weight, options, grad_output=None):
-    reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes = options
+    converted = _call.options(_weight_array(weight), options.ignore_index, options.reduction, options.label_smoothing, axis=-1)
     return linear.Problem(
-        _array(input), _array(linear_weight), _array(target), None if linear_bias is None else _array(linear_bias),
-        _weight_array(weight), ignore_index, reduction, label_smoothing, None, None, 0.0, "nan", logit_scale, softcap, shift,
-        None, torch.get_num_threads(), chunk_bytes, grad_output, _Products,
+        _array(input), _array(linear_weight), _array(target), converted,
+        linear_bias=None if linear_bias is None else _array(linear_bias), logit_scale=options.logit_scale,
+        softcap=options.softcap, shift=options.shift, num_threads=torch.get_num_threads(), chunk_bytes=options.chunk_bytes,
+        grad_output=grad_output, products=_Products,
     )  # fmt: skip
 
 
@@ -574,24 +632,24 @@ def _rounded(gradients, dtype):
 
 def _from_logits(input, linear_weight, target, linear_bias, weight, options):
     """The loss by way of logits: for whatever is differentiated twice or transformed, and for several outputs a class."""
-    reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, _ = options
     several = linear_weight.shape[1:-1]
     logits = torch.nn.functional.linear(
         input, linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
     )
-    if logit_scale != 1:
-        logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if shift:
+    if options.logit_scale != 1:
+        logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    if options.shift:
         logits, target = logits[..., :-1, :], target[..., 1:]
     rows = logits.shape[:-1]
     if several:
         logits = logits.unflatten(-1, linear_weight.shape[:-1])
     elif logits.dim() > 2:
         logits, target = logits.flatten(0, -2), target.flatten()
-    loss = _compute("cross_entropy", logits, target, weight, (reduction, ignore_index, label_smoothing, False), False)
-    return loss.reshape(rows) if reduction == "none" and not several else loss
+    of_loss = _Options(options.reduction, options.ignore_index, options.label_smoothing, log_probs=False)
+    loss = _compute("cross_entropy", logits, target, weight, of_loss, False)
+    return loss.reshape(rows) if options.reduction == "none" and not several else loss
 
 
 def _gradients_from_logits(tensors, options, grad_output, needed):
@@ -609,7 +667,7 @@ def _linear_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, gradients for an upstream gradient of 1, empty where not needed)"""
     tensors = input, linear_weight, target, linear_bias, weight
-    options = reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes
+    options = _LinearOptions(reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes)
     if any(needed):
         call, found = _linear_with_gradients(tensors, options, None, needed)
     else:
@@ -624,7 +682,7 @@ def _linear_backward_op(
     reduction: str, ignore_index: int, label_smoothing: float, logit_scale: float, softcap: float | None, shift: bool,
     chunk_bytes: int | None, needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    options = reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes
+    options = _LinearOptions(reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes)
     found = _linear_with_gradients((input, linear_weight, target, linear_bias, weight), options, grad_output, needed)[1]
     found = _rounded(found, input.dtype)
     return tuple(input.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -636,24 +694,27 @@ def _fake_gradients(input, linear_weight, linear_bias, needed, dtype):
 
 
 @_linear_op.register_fake
-def _(input, linear_weight, target, linear_bias, weight, reduction, *options):
-    shift, needed = options[4], options[6]
+def _(input, linear_weight, target, linear_bias, weight, *arguments):
+    *options, needed = arguments
+    options = _LinearOptions(*options)
     rows = list(input.shape[:-1])
-    if shift:
+    if options.shift:
         rows[-1] = rows[-1] - 1
-    loss = input.new_empty(rows if reduction == "none" else (), dtype=_loss_dtype(input, target, weight))
+    loss = input.new_empty(rows if options.reduction == "none" else (), dtype=_loss_dtype(input, target, weight))
     wide = torch.float32 if input.dtype in _HALVES else input.dtype
     return loss, *_fake_gradients(input, linear_weight, linear_bias, needed, wide)
 
 
 @_linear_backward_op.register_fake
-def _(grad_output, input, linear_weight, target, linear_bias, weight, *options):
-    return _fake_gradients(input, linear_weight, linear_bias, options[7], input.dtype)
+def _(grad_output, input, linear_weight, target, linear_bias, weight, *arguments):
+    *_, needed = arguments
+    return _fake_gradients(input, linear_weight, linear_bias, needed, input.dtype)
 
 
 def _linear_op_setup(ctx, inputs, output):
-    *tensors, needed = inputs[:5] + inputs[12:]
-    ctx.options = inputs[5:12]
+    input, linear_weight, target, linear_bias, weight, *options, needed = inputs
+    tensors = input, linear_weight, target, linear_bias, weight
+    ctx.options = _LinearOptions(*options)
     ctx.made = any(needed)
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)  # zeros as large as linear_weight
@@ -686,7 +747,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.options = options
         ctx.save_for_backward(*tensors)
         ctx.made = []  # or, until they are given away, [gradients]
-        if options[0] == "none" or not _may_keep_gradients():
+        if options.reduction == "none" or not _may_keep_gradients():
             call = linear.run(_linear_problem(*tensors, options))
         else:
             call, found = _linear_with_gradients(tensors, options, None, ctx.needs_input_grad[:3])
@@ -700,7 +761,7 @@ class _LinearLoss(torch.autograd.Function):
             found = ctx.made.pop()  # by one thread only
         except IndexError:
             found = None
-        reduced = ctx.options[0] != "none"
+        reduced = ctx.options.reduction != "none"
         if torch.is_grad_enabled():
             found = _gradients_from_logits(tensors, ctx.options, grad_output, needed)
         else:
@@ -714,7 +775,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _linear(input, linear_weight, target, linear_bias, weight, options):
-    """The loss: options are reduction, ignore_index, label_smoothing, logit_scale, softcap, shift, chunk_bytes."""
+    """The loss."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
@@ -731,7 +792,7 @@ def _linear(input, linear_weight, target, linear_bias, weight, options):
     _refuse_gradient(weight)
     needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
     if compiling:
-        return _linear_op(*tensors, *options, [False] * 3 if options[0] == "none" else needed)[0]
+        return _linear_op(*tensors, *options, [False] * 3 if options.reduction == "none" else needed)[0]
     dtype = _loss_dtype(input, target, weight)
     if any(needed):
         return _LinearLoss.apply(input, linear_weight, linear_bias, target, weight, options, dtype)
@@ -800,7 +861,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    options = (reduction, ignore_index, label_smoothing, False)
+    options = _Options(reduction, ignore_index, label_smoothing, log_probs=False)
     return _compute("cross_entropy", input, target, weight, options, inplace_backward)
 
 
@@ -832,7 +893,7 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return _compute("nll_loss", input, target, weight, (reduction, ignore_index, 0.0, True), False)
+    return _compute("nll_loss", input, target, weight, _Options(reduction, ignore_index, 0.0, log_probs=True), False)
 
 
 def linear_cross_entropy(
@@ -924,7 +985,7 @@ def linear_cross_entropy(
         ignore_index = -100
     return _linear(
         input, linear_weight, target, linear_bias, weight,
-        (reduction, ignore_index, label_smoothing, float(logit_scale), softcap, shift, chunk_bytes),
+        _LinearOptions(reduction, ignore_index, label_smoothing, float(logit_scale), softcap, shift, chunk_bytes),
     )  # fmt: skip
 
 
@@ -956,7 +1017,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def forward(self, input, target):
         """The loss; see `cross_entropy`."""
-        options = (self.reduction, self.ignore_index, self.label_smoothing, False)
+        options = _Options(self.reduction, self.ignore_index, self.label_smoothing, log_probs=False)
         return _compute("cross_entropy", input, target, self.weight, options, self.inplace_backward)
 
 
@@ -1029,7 +1090,9 @@ class NLLLoss(torch.nn.NLLLoss):
 
     def forward(self, input, target):
         """The loss; see `nll_loss`."""
-        return _compute("nll_loss", input, target, self.weight, (self.reduction, self.ignore_index, 0.0, True), False)
+        return _compute(
+            "nll_loss", input, target, self.weight, _Options(self.reduction, self.ignore_index, 0.0, log_probs=True), False
+        )
 
 
 # Routing torch.nn.functional here

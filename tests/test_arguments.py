@@ -395,19 +395,113 @@ def test_an_argument_that_changes_a_shape_cannot_lead_outside_an_array(rng, name
     assert not arrays["grad_out"].any()
 
 
-def test_an_output_whose_class_changes_the_weight_cannot_lead_outside_it():
-    weight = np.ones(1000, np.float32)
+def test_no_code_of_the_class_of_an_array_runs(rng):
+    class Array(np.ndarray):
+        def __array_function__(self, *args, **kwargs):
+            raise AssertionError("code of the class of an array has run")
 
-    class Out(np.ndarray):
-        def __array_function__(self, function, types, args, kwargs):
-            weight.dtype = np.float64
-            return super().__array_function__(function, types, args, kwargs)
+        __array_ufunc__ = __setitem__ = __getitem__ = __array_function__
 
-    out = np.full(8, 7, np.float32)[::2].view(Out)
-    with pytest.raises(ValueError, match="weight tensor"):
-        px.cross_entropy(np.zeros((4, 1000), np.float32), [0, 1, 998, 999], weight, reduction="none", out=out)
-    assert (np.asarray(out) == 7).all()
-    assert weight.shape == (500,)
+    logits, target = rng.normal(size=(4, 6)).astype(np.float32), np.array([0, 1, 4, 5])
+    arrays = {"weight": rng.random(6), "sample_weight": rng.random(4), "grad_output": rng.random(4)}
+    expected, expected_grad = px.cross_entropy_with_grad(logits, target, reduction="none", **arrays)
+    out, grad_out = np.zeros(8, np.float32)[::2].view(Array), np.zeros((6, 4), np.float32).T.view(Array)
+    arrays = {name: array.view(Array) for name, array in arrays.items()}
+    loss, grad = px.cross_entropy_with_grad(
+        logits.view(Array), target.view(Array), reduction="none", out=out, grad_out=grad_out, **arrays
+    )
+    assert loss is out
+    assert grad is grad_out
+    assert same_bits(out.view(np.ndarray), expected)
+    assert same_bits(np.ascontiguousarray(grad_out.view(np.ndarray)), expected_grad)
+    with raises(ValueError, "grad_out overlaps logits in memory"):
+        px.cross_entropy_with_grad(logits.view(Array), target, grad_out=logits[::-1].view(Array))
+
+
+class Shortening:
+    """An argument whose conversion makes an array shorter, with less memory: what was known of it is no longer true."""
+
+    def __init__(self, array, value):
+        self.array, self.value = array, value
+
+    def convert(self, *args, **kwargs):
+        self.array.resize(1, refcheck=False)
+        return self.value
+
+    __float__ = __index__ = __array__ = convert
+
+
+@pytest.mark.parametrize("victim", ["logits", "target", "weight", "sample_weight", "grad_output", "out", "grad_out"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("z_loss", 0.5),
+        ("label_smoothing", 0.1),
+        ("ignore_index", -100),
+        ("axis", 1),
+        ("num_threads", 1),
+        ("logits", np.zeros((700, 10))),
+        ("target", np.zeros(700, np.int64)),
+        ("weight", np.ones(10)),
+        ("sample_weight", np.ones(700)),
+        ("grad_output", np.ones(700)),
+    ],
+)
+def test_every_argument_is_converted_before_any_is_looked_at(name, value, victim):
+    """So that the array that has become shorter is refused for its shape, and no memory that it had is read or written."""
+    if name == victim:
+        return
+    arrays = {
+        "logits": np.zeros((700, 10)), "target": np.zeros(700, np.int64), "weight": np.ones(10), "sample_weight": np.ones(700),
+        "grad_output": np.ones(700), "out": np.zeros(700), "grad_out": np.zeros((700, 10)),
+    }  # fmt: skip
+    shortened = arrays[victim]
+    with pytest.raises(ValueError, match=r"shape|axis|size|overlap"):
+        px.cross_entropy_with_grad(**{**arrays, "reduction": "none", name: Shortening(shortened, value)})
+    assert not any(arrays[output].any() for output in ("out", "grad_out"))
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_weight", "target", "logit_scale", "softcap", "num_threads", "chunk_bytes", "grad_output"]
+)
+@pytest.mark.parametrize("victim", ["hidden", "linear_weight", "target", "linear_bias", "sample_weight", "out"])
+def test_every_argument_of_a_linear_layer_is_converted_before_any_is_looked_at(name, victim):
+    if name == victim:
+        return
+    values = {
+        "hidden": np.zeros((700, 4)), "linear_weight": np.zeros((10, 4)), "target": np.zeros(700, np.int64),
+        "linear_bias": np.zeros(10), "logit_scale": 2.0, "softcap": 3.0, "num_threads": 1, "chunk_bytes": 10_000,
+        "grad_output": np.ones(700), "sample_weight": np.ones(700), "out": np.zeros(700),
+    }  # fmt: skip
+    shortened = values[victim]
+    with pytest.raises(ValueError, match=r"shape|axis|size"):
+        px.linear_cross_entropy_with_grad(**{**values, "reduction": "none", name: Shortening(shortened, values[name])})
+    assert not values["out"].any()
+
+
+@pytest.mark.parametrize("function", [px.softmax, px.log_softmax])
+@pytest.mark.parametrize("name", ["axis", "num_threads"])
+def test_every_argument_of_softmax_is_converted_before_any_is_looked_at(function, name):
+    x, out = np.zeros((700, 10)), np.zeros((700, 10))
+    for victim in (x, out):
+        with pytest.raises(ValueError, match=r"axis|shape"):
+            function(x, **{"axis": 1, "out": out, name: Shortening(victim, 1)})
+        victim.resize((700, 10), refcheck=False)
+    assert not out.any()
+
+
+def test_an_int_of_a_class_that_compares_in_its_own_way_is_taken_for_its_value():
+    class Odd(int):
+        def __lt__(self, other):
+            raise AssertionError("a comparison of the caller's has run")
+
+        __le__ = __gt__ = __ge__ = __eq__ = __neg__ = __add__ = __radd__ = __lt__
+        __hash__ = int.__hash__
+
+    expected = px.cross_entropy(np.zeros((3, 5)), [0, 1, 2], axis=1)
+    options = {"axis": Odd(1), "num_threads": Odd(2), "ignore_index": Odd(-100)}
+    assert px.cross_entropy(np.zeros((3, 5)), [0, 1, 2], **options) == expected
+    assert px.softmax(np.zeros((3, 5)), axis=Odd(1), num_threads=Odd(1)).shape == (3, 5)
 
 
 def test_a_target_whose_dtype_changes_during_the_call_cannot_be_too_short(monkeypatch):

@@ -240,7 +240,7 @@ def test_rows_of_about_a_segment_have_the_same_bits_in_every_layout(isa, dtype, 
 
 # Results that are stored past the caches
 
-STREAM_BYTES = 2**25  # as in _arguments.pyx
+STREAM_BYTES = 2**25  # as in _plan.pxi
 
 
 class Guarded:

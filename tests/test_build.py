@@ -87,7 +87,7 @@ def test_baseline_modules_hold_no_avx():
     def of_kernels(isa):
         return [registers(module.removeprefix("pyx_xent.").replace(".", "/")) for module in _isas.modules(isa).values()]
 
-    assert not any([registers("_arguments"), registers("_runtime"), *of_kernels("baseline")])
+    assert not any([registers("_call"), registers("_runtime"), *of_kernels("baseline")])
     assert all(found == {"ymm"} for found in of_kernels("avx2"))
     assert all("zmm" in found for found in of_kernels("avx512"))
 
@@ -223,7 +223,7 @@ class TestThreads:
         monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: range(5), raising=False)
         if _runtime.OPENMP:
             assert _threads.available() == (3, "cgroup CPU quota")
-            assert _threads.limited(0, 1e9) == 3
+            assert _threads.limited(None, 1e9) == 3
             assert _threads.limited(2, 1e9) == 2
             assert _threads.limited(2**20, 1e9) == 3
         assert _threads.limited(8, 100) == 1

@@ -8,32 +8,32 @@ from tqdm import tqdm
 
 from . import build
 
-ARGUMENTS, THREADS, LINEAR = "pyx_xent/_arguments.pyx", "pyx_xent/_threads.py", "pyx_xent/linear.py"
-PLAN = "pyx_xent/_plan.pxi"
+CALL, CHECKS, LABELS = "pyx_xent/_call.pyx", "pyx_xent/_call_checks.pxi", "pyx_xent/_call_labels.pxi"
+MEMORY, PLAN, THREADS, LINEAR = "pyx_xent/_call_memory.pxi", "pyx_xent/_plan.pxi", "pyx_xent/_threads.py", "pyx_xent/linear.py"
 BATCH, COPY, ROW, EXP = (f"pyx_xent/_kernels/{name}.pxi" for name in ("batch", "copy", "row", "exp"))
 
 BUGS = [  # what is wrong, where, the right code, the wrong code
-    ("a label may be the number of classes", ARGUMENTS, "(y - <uint64_t>classes)) >> 63", "(y - <uint64_t>classes - 1)) >> 63"),
-    ("labels are not checked", ARGUMENTS, "return <Py_ssize_t>(others - lives)", "return 0"),
-    ("ignored labels are used as classes", ARGUMENTS, "    if live < n:\n", "    if False:\n"),
-    ("uint64 labels wrap", ARGUMENTS, "    if is_uint64:\n        for i", "    if False:\n        for i"),
-    ("class weights may be too few", ARGUMENTS, "weight) != 1 or cnp.PyArray_DIM(weight, 0) != classes", "weight) != 1"),
-    ("outputs may overlap themselves", ARGUMENTS, "        if stride < covered:", "        if False:"),
-    ("outputs may overlap inputs", ARGUMENTS, "        if share_memory(array, inputs[k]):", "        if False:"),
-    ("outputs may have another shape", ARGUMENTS,
-     "    if not has_shape(array, shape):\n        raise", "    if False:\n        raise"),
-    ("outputs may be read-only", ARGUMENTS, "    if not cnp.PyArray_ISWRITEABLE(array):", "    if False:"),
-    ("outputs may be of another dtype", ARGUMENTS, "    if array.dtype is not dtype and (", "    if False and ("),
-    ("unaligned arrays are read as aligned ones", ARGUMENTS, "not cnp.PyArray_ISBEHAVED_RO(array):\n        return False",
+    ("a label may be the number of classes", LABELS, "(y - <uint64_t>classes)) >> 63", "(y - <uint64_t>classes - 1)) >> 63"),
+    ("labels are not checked", LABELS, "return <Py_ssize_t>(others - lives)", "return 0"),
+    ("ignored labels are used as classes", LABELS, "    if live < n:\n", "    if False:\n"),
+    ("uint64 labels wrap", LABELS, "    if is_uint64:\n        for i", "    if False:\n        for i"),
+    ("class weights may be too few", CHECKS, "weight) != 1 or cnp.PyArray_DIM(weight, 0) != classes", "weight) != 1"),
+    ("outputs may overlap themselves", MEMORY, "        if stride < covered:", "        if False:"),
+    ("outputs may overlap inputs", MEMORY, "        if share_memory(out, inputs[k]):", "        if False:"),
+    ("outputs may have another shape", MEMORY,
+     "    if not has_shape(out, shape):\n        raise", "    if False:\n        raise"),
+    ("outputs may be read-only", MEMORY, "    if not cnp.PyArray_ISWRITEABLE(out):", "    if False:"),
+    ("outputs may be of another dtype", MEMORY, "    if out.dtype is not dtype and (", "    if False and ("),
+    ("unaligned arrays are read as aligned ones", MEMORY, "not cnp.PyArray_ISBEHAVED_RO(array):\n        return False",
      "not cnp.PyArray_ISNOTSWAPPED(array):\n        return False"),
-    ("foreign byte order is read as native", ARGUMENTS, "not cnp.PyArray_ISBEHAVED_RO(array):\n        return False",
+    ("foreign byte order is read as native", MEMORY, "not cnp.PyArray_ISBEHAVED_RO(array):\n        return False",
      "not cnp.PyArray_ISALIGNED(array):\n        return False"),
-    ("two axes pass for one", ARGUMENTS, "            elif stride != expected:", "            elif False:"),
-    ("sample weights may be too few", ARGUMENTS, "if not is_one_per_row(samples, x, call.axis) and (", "if False and ("),
-    ("upstream gradients may be too few", ARGUMENTS, "elif not is_one_per_row(array, call.logits, call.axis):", "elif False:"),
-    ("the scratch is too small", PLAN, "        area = plan.rows * p.classes\n",
-     "        area = plan.rows * (p.classes - 1)\n"),
-    ("ignored rows count in the mean", ARGUMENTS, "if p.target != NULL and p.target[i] < 0:", "if False:"),
+    ("two axes pass for one", MEMORY, "            elif stride != expected:", "            elif False:"),
+    ("sample weights may be too few", CALL, "if not is_one_per_row(weight, call.logits, call.axis) and (", "if False and ("),
+    ("upstream gradients may be too few", CALL, "elif not is_one_per_row(array, call.logits, call.axis):", "elif False:"),
+    ("the scratch is too small", PLAN, "        area = plan.rows * plan.tile_classes\n",
+     "        area = plan.rows * (plan.tile_classes - 1)\n"),
+    ("ignored rows count in the mean", LABELS, "if label == NULL or label[i] >= 0:", "if True:"),
     ("no threads are as good as one", THREADS, "    if number < 1:", "    if number < -9:"),
     ("a row is read beyond its end", ROW, "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes, cached, stride)",
      "rows_in(&p.logits, b.outer, b.inner, b.count, p.classes + 1, cached, stride)"),
@@ -54,6 +54,11 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
     ("ignored rows are multiplied", LINEAR, "np.flatnonzero(self.labels >= 0)", "np.flatnonzero(self.labels >= -1)"),
     ("the first chunk alone is written", LINEAR, "                total[some] += part", "                pass"),
 ]  # fmt: skip
+AGAIN = [(MEMORY, "    if not is_doubles(array) or cnp.PyArray_SIZE(array) != size:", "    if not is_doubles(array):")]
+ALSO = {  # what is checked a second time, where pointers are taken: changed there, too
+    "sample weights may be too few": AGAIN,
+    "upstream gradients may be too few": AGAIN,
+}
 
 
 def run(folder, calls):
@@ -66,14 +71,16 @@ def run(folder, calls):
         raise SystemExit(f"the fuzzer finds something where nothing was planted: {said}")
     found = {}
     for what, name, right, wrong in tqdm(BUGS, unit=" bugs"):
-        file = folder / name
-        before = file.read_bytes()
-        build.replace(file, right, wrong)
+        changes = [(name, right, wrong), *ALSO.get(what, [])]
+        before = {name: (folder / name).read_bytes() for name, _, _ in changes}
+        for name, right, wrong in changes:
+            build.replace(folder / name, right, wrong)
         try:
             build.build_with_sanitizers(folder)
             found[what] = fuzz(folder, calls)
         finally:
-            file.write_bytes(before)
+            for name, text in before.items():
+                (folder / name).write_bytes(text)
         tqdm.write(f"{'caught' if found[what] else 'MISSED'}: {what}: {found[what]}")
     return found
 
