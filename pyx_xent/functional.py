@@ -61,13 +61,17 @@ def cross_entropy(
     axis : int, optional
         The class axis; by default 0 for one-dimensional logits and otherwise 1.
     sample_weight : array_like, optional
-        Multiplies L, and counts in the divisor of "mean". Shape of the unreduced loss.
+        Multiplies L, and counts in the divisor of "mean". Shape of the unreduced loss. A row of weight 0 is not looked
+        at, like an ignored one.
     normalizer : float, optional
         Divisor of "mean", in place of the above: for a batch that is a part of a larger one.
     z_loss : float
         Weight of lse², which keeps the logits near 0.
     empty : {"nan", "zero", "raise"}
-        What "mean" gives when no row counts.
+        What "mean" gives when nothing counts: no row, all ignored, or all that would count have a sample weight or class weight
+        of 0 (which `normalizer` makes a mean like any other). With "zero" the gradient is 0, too; "raise" is a ValueError.
+    loss_dtype : float32 or float64, optional
+        Dtype of the loss, which is computed in float64: at least as wide as the one below.
     out : ndarray, optional
         Array for the loss, of its shape and dtype.
     num_threads : int, optional
@@ -77,7 +81,7 @@ def cross_entropy(
     -------
     loss : scalar or ndarray
         A scalar for "mean" and "sum"; for "none" an array with the shape of `logits` without its class axis. Its dtype is
-        that of `logits`; with class probabilities the one to which logits, target and weight promote.
+        `loss_dtype`, or that of `logits`; with class probabilities the one to which logits, target and weight promote.
 
     Raises
     ------
@@ -139,7 +143,7 @@ def cross_entropy_with_grad(
     Parameters
     ----------
     logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, \
-out, num_threads
+loss_dtype, out, num_threads
         As for `cross_entropy`.
     grad_output : float or array_like, optional
         Upstream gradient g: a scalar, or for reduction "none" also an array with the shape of the loss. 1 by default.
@@ -195,7 +199,7 @@ def nll_loss(
     ----------
     log_probs : array_like of float32, float64, float16 or bfloat16, shape (C,), (N, C) or (N, C, d1, ..., dk)
         Log-probabilities ℓ, used as they are.
-    target, weight, ignore_index, reduction, axis, out, num_threads
+    target, weight, ignore_index, reduction, axis, loss_dtype, out, num_threads
         As for `cross_entropy`, class indices only.
 
     Returns
@@ -238,7 +242,7 @@ def nll_loss_with_grad(
 
     Parameters
     ----------
-    log_probs, target, weight, ignore_index, reduction, axis, out, num_threads
+    log_probs, target, weight, ignore_index, reduction, axis, loss_dtype, out, num_threads
         As for `nll_loss`.
     grad_output, grad_out
         As for `cross_entropy_with_grad`.

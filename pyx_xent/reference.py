@@ -74,14 +74,13 @@ def cross_entropy_with_grad(
     s = np.ones(rows) if sample_weight is None else np.asarray(sample_weight, np.float64).reshape(rows)
     eps, soft = label_smoothing, target.shape == logits.shape
 
-    if soft:
-        r = np.ones(rows, bool)
-    else:
+    r = s != 0  # rows that are not inert
+    if not soft:
         y = target.reshape(rows)
-        r = y != ignore_index
+        r = r & (y != ignore_index)
         y = np.where(r, y, 0)
         onehot = np.arange(classes) == y[..., None]
-    x = np.where(r[..., None], x, 0.0)  # an ignored row is inert
+    x = np.where(r[..., None], x, 0.0)
     with np.errstate(all="ignore"):
         ell = log_softmax(x)
         p = np.exp(ell)
@@ -115,7 +114,9 @@ def cross_entropy_with_grad(
         if reduction == "sum":
             loss = loss.sum()
         elif reduction == "mean":
-            loss = (0.0 if empty == "zero" else np.nan) if not r.any() and normalizer is None else loss.sum() / divisor
+            loss = loss.sum() / divisor
+            if empty == "zero" and normalizer is None and not (r.any() if soft else w[y[r]].any()):
+                loss, grad = 0.0, np.zeros_like(grad)
     return loss, np.moveaxis(grad, -1, axis)
 
 

@@ -149,6 +149,49 @@ def test_all_ignored(isa, dtype, classes):
     assert same_bits(px.nll_loss_with_grad(logits, target)[1], np.zeros_like(logits))
 
 
+@pytest.mark.spec("S28")
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("classes", [3, 65, 1000])
+@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
+def test_rows_without_sample_weight_are_inert(isa, dtype, rng, poison, classes, soft):
+    logits, sample_weight = rng.normal(size=(40, classes)).astype(dtype), rng.random(40)
+    sample_weight[::3] = 0
+    target = rng.random((40, classes)).astype(dtype) if soft else rng.integers(0, classes, 40)
+    options = {"sample_weight": sample_weight, "label_smoothing": 0.1, "z_loss": 0.1}
+    expected = px.cross_entropy_with_grad(logits, target, **options)
+    poisoned = logits.copy()
+    poisoned[::3] = poison
+    loss, grad = px.cross_entropy_with_grad(poisoned, target, **options)
+    assert same_bits(loss, expected[0])
+    assert same_bits(grad, expected[1])
+    assert same_bits(grad[::3], np.zeros_like(grad[::3]))
+    if not soft:
+        target[0] = classes  # of such a row, too, the label is checked
+        with pytest.raises(IndexError, match="out of bounds"):
+            px.cross_entropy(poisoned, target, **options)
+
+
+@pytest.mark.spec("S24")
+@pytest.mark.parametrize("classes", [3, 100])
+@pytest.mark.parametrize(("soft", "of"), [(False, "sample_weight"), (False, "weight"), (True, "sample_weight")])
+def test_a_batch_in_which_every_weight_is_zero_counts_nothing(isa, dtype, rng, classes, soft, of):
+    logits, weight = rng.normal(size=(5, classes)).astype(dtype), {"sample_weight": np.zeros(5)}
+    target = rng.random((5, classes)).astype(dtype) if soft else np.array([0, 1, 1, -100, 0])
+    if of == "weight":
+        weight = {"weight": np.r_[0.0, -0.0, np.ones(classes - 2)]}
+    assert np.isnan(px.cross_entropy(logits, target, **weight))
+    loss, grad = px.cross_entropy_with_grad(logits, target, empty="zero", **weight)
+    assert loss == 0
+    assert same_bits(grad, np.zeros_like(logits))
+    expected = reference.cross_entropy_with_grad(logits, target, empty="zero", **weight)
+    assert expected[0] == 0
+    assert not expected[1].any()
+    with pytest.raises(ValueError, match=r"no row to average: .* a weight of 0"):
+        px.cross_entropy(logits, target, empty="raise", **weight)
+    for empty in ("nan", "zero", "raise"):
+        assert px.cross_entropy(logits, target, normalizer=8.0, empty=empty, **weight) == 0
+
+
 @pytest.mark.spec("S26")
 @pytest.mark.parametrize("shape", [(0, 3), (0, 40), (0, 3, 7), (2, 3, 0)])
 def test_no_rows(isa, dtype, shape):

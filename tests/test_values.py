@@ -262,3 +262,53 @@ def test_nll_loss_agrees_with_the_reference_and_with_cross_entropy(isa, dtype, r
     chained = px.log_softmax_backward(grad, log_probs, axis)
     fused = px.cross_entropy_with_grad(logits, target, weight, reduction=reduction, grad_output=g)[1]
     assert_close(chained, fused, 4 * GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.spec("S37")
+@pytest.mark.parametrize("axis", [0, -1])
+def test_softmax_of_a_number_is_one(isa, dtype, axis):
+    number, out = np.array(3, dtype), np.zeros((), dtype)
+    assert same_bits(px.softmax(number, axis), np.ones((), dtype))
+    assert same_bits(px.log_softmax(number, axis), np.zeros((), dtype))
+    assert px.softmax(number, axis, out=out) is out
+    assert out == 1
+    assert px.softmax_backward(number, np.ones((), dtype), axis) == 0
+    assert px.log_softmax_backward(number, np.zeros((), dtype), axis) == 0
+    with pytest.raises(np.exceptions.AxisError):
+        px.softmax(number, 1)
+
+
+@pytest.mark.spec("S40")
+@pytest.mark.parametrize("given", ["float16", "float32"])
+@pytest.mark.parametrize("asked", [np.float32, np.float64, "float64", None])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_loss_of_a_wider_dtype_is_the_double_that_was_there(isa, rng, given, asked, reduction):
+    logits, target = rng.normal(size=(9, 30)).astype(given), rng.integers(0, 30, 9)
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    wide = px.cross_entropy(logits, target, loss_dtype=np.float64, **options)
+    loss, grad = px.cross_entropy_with_grad(logits, target, loss_dtype=asked, **options)
+    dtype = np.dtype(asked or given)
+    assert wide.dtype == np.float64
+    assert same_bits(loss, wide.astype(dtype))  # rounded once
+    assert same_bits(grad, px.cross_entropy_with_grad(logits, target, **options)[1])
+    out = np.empty(loss.shape, dtype)
+    assert px.cross_entropy(logits, target, loss_dtype=asked, out=out, **options) is out
+    assert same_bits(out, loss)
+    log_probs = px.log_softmax(logits)
+    wide = px.nll_loss(log_probs, target, reduction=reduction, loss_dtype=np.float64)
+    assert same_bits(px.nll_loss(log_probs, target, reduction=reduction, loss_dtype=asked), wide.astype(dtype))
+    hidden, weight = rng.normal(size=(9, 4)).astype(given), rng.normal(size=(30, 4)).astype(given)
+    wide = px.linear_cross_entropy(hidden, weight, target, loss_dtype=np.float64, **options)
+    assert same_bits(px.linear_cross_entropy(hidden, weight, target, loss_dtype=asked, **options), wide.astype(dtype))
+
+
+@pytest.mark.spec("S40")
+def test_a_loss_is_not_narrowed():
+    logits = np.zeros((3, 5))
+    with pytest.raises(ValueError, match=r"loss_dtype must be None or float64 .* got float32"):
+        px.cross_entropy(logits, [0, 1, 2], loss_dtype=np.float32)
+    for wrong in (np.float16, np.int64, "bool", object()):
+        with pytest.raises(TypeError, match="loss_dtype must be None, float32 or float64, got"):
+            px.cross_entropy(logits, [0, 1, 2], loss_dtype=wrong)
+    with pytest.raises(ValueError, match="out must have dtype float64, got float32"):
+        px.cross_entropy(logits, [0, 1, 2], reduction="none", out=np.zeros(3, np.float32))
