@@ -82,14 +82,14 @@ def extension(name):
         name,
         [name.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "pyx_xent"],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        define_macros=[(name, "NPY_2_0_API_VERSION") for name in ("NPY_NO_DEPRECATED_API", "NPY_TARGET_VERSION")],
         depends=included,
     )
 
 
 setup(
     ext_modules=cythonize(
-        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
+        [extension(f"pyx_xent.{name}") for name in ("_arguments", "_memory", "_runtime", *(f"_kernels.{isa}" for isa in isas))],
         compiler_directives=DIRECTIVES,
     ),
     cmdclass={"build_ext": BuildKernels},

@@ -1,6 +1,7 @@
 """Cross-entropy, softmax and their gradients on CPUs.
 
 functional.py ── _arguments.pyx      every argument checked, then a Problem: plain memory
+      │            └── _memory.pyx         large outputs, in memory that nobody holds any more
       │
       └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512}
                                        batch.pxi              rows handed to threads
@@ -17,6 +18,7 @@ reference.py    the same in float64 NumPy, formula by formula: what the tests co
 from ._config import VERSION as __version__
 from ._config import show_config
 from ._dispatch import active as isa
+from ._memory import reuse_gradients
 from ._threads import get_num_threads, set_num_threads
 from .functional import (
     cross_entropy,
@@ -47,6 +49,7 @@ __all__ = [
     "log_softmax_backward",
     "nll_loss",
     "nll_loss_with_grad",
+    "reuse_gradients",
     "set_num_threads",
     "show_config",
     "softmax",

@@ -9,7 +9,7 @@ import operator
 
 import numpy as np
 
-from . import _threads
+from . import _memory, _threads
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
@@ -55,6 +55,7 @@ cdef object uint64 = np.dtype(np.uint64)
 # How pyx_xent.torch passes bfloat16, which NumPy lacks, without ml_dtypes.
 bfloat16_bits = np.dtype(np.uint16, metadata={"pyx_xent": "bfloat16"})
 
+cdef Py_ssize_t LARGE = _memory.LARGE             # bytes
 # A gradient of this size will not be found in a cache: it is stored past them.
 cdef Py_ssize_t STREAM_BYTES = 1 << 25
 # The exponentials of longer rows are computed twice, rather than kept in memory as large as the row.
@@ -610,13 +611,15 @@ cdef int set_gradient(Call call, cnp.ndarray grad_out) except -1:
     cdef ClassArray description
     if grad_out is not None:
         call.output = grad_out
+    elif cnp.PyArray_NBYTES(x) >= LARGE:
+        call.output = _memory.empty_like(x, native_dtype(x))
     elif cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:     # bfloat16_bits is more than its type
         call.output = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
     else:
         call.output = np.empty_like(x, dtype=native_dtype(x), subok=False)
     call.computed = call.output
     if not describe(call.output, call.axis, &description):
-        call.computed = np.empty((<object>call.output).shape, call.output.dtype)
+        call.computed = _memory.empty((<object>call.output).shape, call.output.dtype)
     return 0
 
 

@@ -62,7 +62,7 @@ def test_baseline_modules_hold_no_avx():
         code = subprocess.run(["objdump", "-d", str(file)], capture_output=True, text=True, check=True).stdout
         return {r for r in ("ymm", "zmm") if f"%{r}" in code}
 
-    for name in ("_arguments", "_runtime", "_kernels/baseline"):
+    for name in ("_arguments", "_memory", "_runtime", "_kernels/baseline"):
         assert registers(name) == set(), name
     assert "ymm" in registers("_kernels/avx2")
     assert "zmm" not in registers("_kernels/avx2")

@@ -16,8 +16,14 @@ PACKAGES = [
     "tqdm",
     "ml_dtypes",
 ]
-MODULES = ["pyx_xent._arguments", "pyx_xent._runtime", "pyx_xent._kernels.baseline", "pyx_xent._kernels.{isa}"]
-TESTS = ["arguments", "edges", "half", "linear", "losses", "values"]
+MODULES = [
+    "pyx_xent._arguments",
+    "pyx_xent._memory",
+    "pyx_xent._runtime",
+    "pyx_xent._kernels.baseline",
+    "pyx_xent._kernels.{isa}",
+]
+TESTS = ["arguments", "edges", "half", "linear", "losses", "memory", "values"]
 NO_LOCK = """
 import importlib, sys
 import pyx_xent
