@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import pyx_xent
-from pyx_xent import reference
+from pyx_xent import _memory, reference
 
 from . import memory
 from .cases import FORWARD, GRADIENT, numpy_dtype
@@ -225,9 +225,11 @@ def measure_times(case, operation, threads):
 def extra_memory(case, operation, name, threads):
     """Bytes of one call beyond its inputs, its gradients and what BLAS keeps."""
     compute = PEERS[name](Problem(case), operation, threads)
-    compute()  # whose gradients are replaced by those of the second call
+    held = compute()
+    _memory.forget()  # the buffer for logits, which the second call then takes anew
     memory.reset_mark()
     before = memory.resident("VmRSS")
+    del held  # its gradients are replaced by those of the second call
     compute()
     return max(0, memory.resident("VmHWM") - before)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from pyx_xent import _dispatch
+from pyx_xent import _dispatch, _memory
 
 from . import roofline
 from .cases import CASES, FORWARD, Problem
@@ -116,3 +116,4 @@ def _memory_is_given_back():
     yield
     HugePages.forget()
     gc.collect()
+    _memory.forget()

@@ -5,6 +5,7 @@ functional.py ── _call.pyx           one entry an operation: every argument 
       │            _call_labels.pxi      labels copied and checked; which rows count
       │            _call_memory.pxi      strides, overlap, outputs, pointers
       │            _plan.pxi             which kernel, how many rows together, threads, scratch
+      │              └── _memory.pyx     large outputs, in memory that nobody holds any more
       │
       └───────── _dispatch.py ────── _kernels/{baseline, avx2, avx512, neon}_{float, double}
                                        batch.pxi              rows handed to threads
@@ -22,6 +23,7 @@ reference.py    the same in float64 NumPy, formula by formula: what the tests co
 
 from ._config import show_config
 from ._dispatch import active as isa
+from ._memory import reuse_gradients
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
 from .functional import (
@@ -53,6 +55,7 @@ __all__ = [
     "log_softmax_backward",
     "nll_loss",
     "nll_loss_with_grad",
+    "reuse_gradients",
     "set_num_threads",
     "show_config",
     "softmax",

@@ -16,7 +16,7 @@ import operator
 
 import numpy as np
 
-from . import _threads
+from . import _memory, _threads
 
 cimport cython
 cimport numpy as cnp

@@ -1,5 +1,6 @@
 # Memory: copies, strides, what may be written, the pointers of a Problem, and results in their dtype.
 
+cdef Py_ssize_t LARGE = _memory.LARGE
 cdef enum:
     COPIED_AT_ONCE = 1 << 24      # elements that are copied before Ctrl-C is heard
 
@@ -178,14 +179,16 @@ cdef int set_gradient(Call call) except -1:
     cdef cnp.ndarray x = call.logits
     cdef Strided description
     if call.grad_out is None:
-        if cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:   # bfloat16_bits is more than its type
+        if cnp.PyArray_NBYTES(x) >= LARGE:
+            call.grad_out = _memory.empty_like(x, native_dtype(x))
+        elif cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:   # bfloat16_bits is more than its type
             call.grad_out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
         else:
             call.grad_out = np.empty_like(x, dtype=native_dtype(x), subok=False)
         call.gradient_result = call.grad_out
     call.computed = call.grad_out
     if not describe(call.grad_out, call.axis, &description):
-        call.computed = np.empty((<object>call.grad_out).shape, call.grad_out.dtype)
+        call.computed = _memory.empty((<object>call.grad_out).shape, call.grad_out.dtype)
     return 0
 
 

@@ -5,7 +5,7 @@ Gradients       what the rows add up to
 Products        the three matrix products by NumPy's BLAS; pyx_xent.torch has PyTorch's in their place
 
 Memory of its own is a buffer of `chunk_bytes` for logits, and PART_BYTES beside it; for half types the float32 sums of the
-gradient with respect to linear_weight, too.
+gradient with respect to linear_weight, too. Like the gradients it comes from _memory: the next call uses it again.
 """
 
 import _thread
@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from . import _call, _threads
+from . import _call, _memory, _threads
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
@@ -238,7 +238,7 @@ class Products:
             return
         for some in self.parts:
             if self._part is None:
-                self._part = _empty((some.stop, hidden.shape[1]), self.dtype)
+                self._part = _memory.empty((some.stop, hidden.shape[1]), self.dtype)
             part = np.matmul(gradient[:, some].T, hidden, out=self._part[: some.stop - some.start])
             if first:
                 self.store(part, total, some)
@@ -248,14 +248,6 @@ class Products:
     def sums_of_classes(self, gradient):
         """(C,)"""
         return np.ones(len(gradient), gradient.dtype) @ gradient
-
-
-def _empty(shape, dtype):
-    """At a multiple of 64 bytes: the last digits of a product may depend on where its matrices begin."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 63, np.uint8)
-    begin = -memory.ctypes.data % 64
-    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def _finite(value, name):
@@ -380,7 +372,7 @@ class Problem:
         count = -(-len(live) // most)
         size = -(-len(live) // max(1, count))  # alike, so that no chunk is left with a few rows
         self.chunks = [live[first : first + size] for first in range(0, len(live), max(1, size))]
-        self.buffer = _empty((size, classes), self.products.buffer_dtype)
+        self.buffer = _memory.empty((size, classes), self.products.buffer_dtype)
         if self.products.on_python_threads:
             self.parts, self.threads_of_part = _threads.limited(num_threads, self.buffer.size * NANOSECONDS_OF_A_LOGIT), 1
         else:
@@ -466,7 +458,7 @@ class Gradients:
                     raise ValueError(f"{title} must be C-contiguous")
                 inputs, names = (*inputs, memory), (*names, title)
             if name in wanted and not (name == "linear_bias" and problem.bias is None):
-                self.arrays[name] = _empty(shape, dtype) if given is None else given
+                self.arrays[name] = _memory.empty(shape, dtype) if given is None else given
         if "hidden" in self.arrays and sum(map(len, problem.chunks)) < len(problem.hidden):
             self.arrays["hidden"].fill(0)
         self.weight = self.arrays.get("linear_weight")
@@ -474,7 +466,7 @@ class Gradients:
             if not problem.chunks:
                 self.weight.fill(0)
             elif len(problem.chunks) > 1 and dtype != self.products.dtype:
-                self.weight = _empty(self.weight.shape, self.products.dtype)
+                self.weight = _memory.empty(self.weight.shape, self.products.dtype)
         self.bias = np.zeros(len(linear_weight))
 
     def add(self, rows, hidden, gradient):

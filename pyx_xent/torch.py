@@ -12,10 +12,8 @@ through PyTorch's dispatcher, which knows the rules for it. torch.func and forwa
 """
 
 import functools
-import math
 import threading
 import types
-import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
 
-from . import _call, linear
+from . import _call, _memory, linear
+from ._memory import reuse_gradients
 
 __all__ = [
     "CrossEntropyLoss",
@@ -68,62 +67,6 @@ def _tensor(array):
     return torch.from_numpy(array)
 
 
-class _Memory:
-    """Memory for large gradients: in huge pages, as NumPy asks for it, and that of the last one again when it is free.
-
-    What is new to the process costs more than computing it: the system clears each page when it is first touched.
-    """
-
-    LARGE = 1 << 22  # bytes: from here on NumPy asks for huge pages
-
-    def __init__(self):
-        self.limit = 512 << 20
-        self._last = []  # of at most one (buffer, weak reference to the array that tensors hold)
-
-    def forget(self):
-        self._last = []
-
-    def array(self, shape, dtype):
-        """An array that nobody else holds. The caller must pass on this object and no view of it: see below."""
-        size = math.prod(shape) * dtype.itemsize
-        try:
-            buffer, held = self._last.pop()  # by one thread only
-        except IndexError:
-            buffer = None
-        if buffer is None or buffer.nbytes != size or held() is not None:
-            buffer = np.empty(size, np.uint8)
-        array = buffer.view(np.int16 if dtype is _call.bfloat16_bits else dtype).reshape(shape)
-        self._last = [(buffer, weakref.ref(array))] if size <= self.limit else []
-        return array  # the very object that the storage of a tensor keeps: the buffer is free when it is gone
-
-
-_memory = _Memory()
-
-
-def reuse_gradients(max_bytes):
-    """Keep the memory of the last large gradient for the next one of the same size, up to a limit.
-
-    A gradient's memory is used again only when nothing refers to it any more: no tensor, view or NumPy array. In a training
-    loop that saves the system from clearing as much memory in each step.
-
-    Parameters
-    ----------
-    max_bytes : int
-        Larger gradients are not kept; 0 keeps none, and gives back what is kept now. 512 MiB when nothing was set. Gradients
-        below 4 MiB are never kept.
-
-    Examples
-    --------
-    >>> import pyx_xent.torch
-    >>> pyx_xent.torch.reuse_gradients(0)
-    >>> pyx_xent.torch.reuse_gradients(512 << 20)
-    """
-    if not isinstance(max_bytes, int) or max_bytes < 0:
-        raise ValueError(f"max_bytes must be an int and not negative, got {max_bytes!r}")
-    _memory.limit = max_bytes
-    _memory.forget()
-
-
 _ARRAY_DTYPES = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
@@ -132,13 +75,18 @@ _ARRAY_DTYPES = {
 }
 
 
+# Bytes. Smaller gradients are found again by PyTorch's allocator, and their storage can be resized.
+_LARGE = 1 << 22
+
+
 def _large_gradient(input):
-    """A tensor like `input` in memory of our own; None if it is small or of another dtype."""
-    dtype = _ARRAY_DTYPES.get(input.dtype)
-    if dtype is None or input.numel() * dtype.itemsize < _Memory.LARGE:
+    """A tensor like `input` in memory of ours; None if it is small or of another dtype."""
+    size = input.numel() * input.element_size()
+    if input.dtype not in _ARRAY_DTYPES or size < _LARGE:
         return None
     strides = torch.empty_like(input, device="meta").stride()
-    return torch.from_numpy(_memory.array((input.numel(),), dtype)).view(input.dtype).as_strided(input.shape, strides)
+    storage = torch.from_numpy(_memory.empty(size, np.uint8)).untyped_storage()  # which holds the array
+    return torch.empty(0, dtype=input.dtype, device=_CPU).set_(storage, 0, input.shape, strides)
 
 
 def _gradient_like(input):
@@ -618,11 +566,8 @@ def _linear_with_gradients(tensors, options, grad_output, needed):
     input, linear_weight, target, linear_bias, weight = tensors
     upstream = None if grad_output is None else _upstream(grad_output)
     problem = _linear_problem(input, linear_weight, target, linear_bias, weight, options, upstream)
-    dtype, places = problem.products.dtype, [None] * 3
-    if needed[1] and linear_weight.numel() * dtype.itemsize >= _Memory.LARGE:
-        places[1] = _memory.array(linear_weight.shape, dtype)
     wanted = [name for name, is_needed in zip(linear.GRADIENTS, needed, strict=True) if is_needed]
-    call, found = linear.run_with_gradients(problem, places, wanted, dtype)
+    call, found = linear.run_with_gradients(problem, (None,) * 3, wanted, problem.products.dtype)
     return call, [None if gradient is None else torch.from_numpy(gradient) for gradient in found]
 
 

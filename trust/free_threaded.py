@@ -16,7 +16,7 @@ PACKAGES = [
     "tqdm",
     "ml_dtypes",
 ]
-TESTS = ["arguments", "edges", "half", "linear", "losses", "values"]
+TESTS = ["arguments", "edges", "half", "linear", "losses", "memory", "values"]
 NO_LOCK = """
 import sys
 from pyx_xent import _dispatch
