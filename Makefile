@@ -6,7 +6,7 @@ TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
 BASELINE := file://./.benchmarks/baseline
 SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
 
-.PHONY: demo test bench bench-quick bench-save bench-compare asan clang trust lint clean
+.PHONY: demo test bench bench-turns bench-quick bench-save bench-compare asan clang trust lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -21,6 +21,12 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks report
+
+# Limits and ours, ours and ours, ours and PyTorch by turns: two hours. `make bench` afterwards has them in its report.
+bench-turns: $(VENV)/bench
+	$(BIN)/python -m benchmarks limits
+	$(BIN)/python -m benchmarks ratios
+	$(BIN)/python -m benchmarks torch
 
 bench-quick: $(VENV)/bench
 	$(TIMED) -m quick --bench-seconds 0.3

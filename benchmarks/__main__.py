@@ -1,41 +1,97 @@
-"""python -m benchmarks {report,limits,memory,scaling,linear,alternation}: what goes with the times of `pytest benchmarks`."""
+"""What goes with the times of `pytest benchmarks`: python -m benchmarks {command}.
+
+report · limits, ratios, torch: by turns · machine, memory, scaling, linear, alternation
+"""
 
 import argparse
 import json
+import operator
 import statistics
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import pyx_xent
 
-from . import linear, memory, report, results, roofline, scaling
+from . import against_torch, limits, linear, memory, ratios, report, results, roofline, scaling, turns
 from .cases import CASES, GRADIENT
 from .peers import PEERS
 from .timing import times
 
 SAVED = Path(".benchmarks")
 TIMES, MEMORY, SCALING, LINEAR = SAVED / "full", SAVED / "memory.json", SAVED / "scaling.json", SAVED / "linear.json"
+LIMITS, RATIOS, TORCH = SAVED / "limits.json", SAVED / "ratios.json", SAVED / "torch.json"
 
 
 def run_limits(arguments):
     if roofline.why_not():
         raise SystemExit(roofline.why_not())
-    elements = 64 << 20
-    names = ("read", "read + write", "in place")
-    limits = {f"memory: {name}": (elements, roofline.memory_limit(kind, 4 * elements, arguments.threads), 4 * min(kind + 1, 2))
-              for kind, name in enumerate(names)}  # fmt: skip
+    cases = [case for case in CASES if wanted(str(case), arguments.cases)]
+    found = limits.measure(cases, arguments.threads, arguments.seconds, arguments.rounds)
+    finish(LIMITS, found, ("case", "operation", "threads"), limits)
+
+
+def run_ratios(arguments):
+    chosen = [one for one in ratios.RATIOS if wanted(f"{one[0]} {one[1]}", arguments.cases)]
+    found = ratios.measure(arguments.threads, arguments.seconds, arguments.rounds, chosen)
+    finish(RATIOS, found, ("one", "other", "operation"), ratios)
+
+
+def run_torch(arguments):
+    if find_spec("torch") is None:
+        raise SystemExit("PyTorch is not installed: this compares with it")
+    cases = [
+        case for case in against_torch.all_cases() if wanted(str(case), arguments.cases) and case.dtype in arguments.dtypes
+    ]
+    found = against_torch.measure(cases, arguments.parts, arguments.threads, arguments.seconds, arguments.rounds)
+    finish(TORCH, found, ("case", "part", "operation", "peer", "huge_pages", "threads"), against_torch)
+
+
+def wanted(name, chosen):
+    """Whether a case is one of those that were asked for: all, or with such a part in their names."""
+    return not chosen or any(part in name for part in chosen)
+
+
+def finish(file, measured, key, module):
+    """Save each case's records when they come, beside those that an earlier run has of others, and print a table at the end."""
+    found, identity = {}, operator.itemgetter(*key)
+    kept = {identity(one): one for one in (json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])}
+    try:
+        for records in measured:
+            for one in records:
+                found[identity(one)] = {**one, "measured": time.strftime("%Y-%m-%d %H:%M")}
+            save(file, list({**kept, **found}.values()), quiet=True)
+    finally:  # also of what there is when it is interrupted
+        print(*results.text_table([module.HEADINGS, *module.table(found.values())]), f"saved: {file}", sep="\n")
+
+
+def run_machine(arguments):
+    if roofline.why_not():
+        raise SystemExit(roofline.why_not())
+    large, threads = np.ones(64 << 20, np.float32), arguments.threads
+    elsewhere = roofline.touched_like(large)
+    functions = {
+        f"memory: {name.removeprefix('limit: ')}": (
+            large.size, roofline.memory_limit(kind, large, threads, out=elsewhere), 4 * min(kind + 1, 2)
+        )
+        for name, kind in roofline.MEMORY.items()
+    }  # fmt: skip
     if roofline._compiled()[0].has_arithmetic_limit():
-        small = roofline.IN_CACHE
-        limits["in cache: max, exp"] = small, roofline.arithmetic_limit(small, arguments.threads, False), 0
-        limits["in cache: max, exp, scale"] = small, roofline.arithmetic_limit(small, arguments.threads, True), 0
-    print(f"{arguments.threads} threads, float32, fastest and median")
-    for name, (count, function, bytes_moved) in limits.items():
+        for dtype in ("float32", "float64"):
+            small = 3 * np.random.default_rng(0).standard_normal(roofline.IN_CACHE // 2, dtype)
+            out = roofline.touched_like(small)
+            functions[f"in cache: max, exp, {dtype}"] = small.size, roofline.arithmetic_limit(small, threads), 0
+            functions[f"in cache: max, exp, scale, {dtype}"] = small.size, roofline.arithmetic_limit(small, threads, out), 0
+    print(f"{threads} threads, fastest and median")
+    for name, (count, function, bytes_moved) in functions.items():
         function()
         seconds = times(function, budget=0, least=15 if bytes_moved else 600)
         best, median = min(seconds) / count * 1e9, statistics.median(seconds) / count * 1e9
         rate = f"{bytes_moved / best:8.1f} GB/s" if bytes_moved else ""
-        print(f"{name:27}{best:8.4f} ns/element{median:9.4f}{rate}")
+        print(f"{name:36}{best:8.4f} ns/element{median:9.4f}{rate}")
 
 
 def run_memory(arguments):
@@ -82,19 +138,19 @@ def run_alternation(arguments):
     print(f"by turns over the sum: {found['by turns'] / (found['torch.mm'] + found['loss']):.3f}")
 
 
-def save(file, data):
+def save(file, data, quiet=False):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    print(f"saved: {file}")
+    if not quiet:
+        print(f"saved: {file}")
 
 
 def run_report(arguments):
     files = arguments.files or sorted(TIMES.glob("*/*.json"))[-1:]
     if not files:
         raise SystemExit(f"nothing saved in {TIMES}: run `make bench` first")
-    extras = {
-        name: file if file.exists() else None for name, file in (("memory", MEMORY), ("scaling", SCALING), ("linear", LINEAR))
-    }
+    saved = {"memory": MEMORY, "scaling": SCALING, "linear": LINEAR, "limits": LIMITS, "ratios": RATIOS, "torch": TORCH}
+    extras = {name: file if file.exists() else None for name, file in saved.items()}
     print(report.write(files, arguments.output, **extras))
 
 
@@ -107,8 +163,24 @@ def main():
     command.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     command.set_defaults(run=run_report)
 
-    command = commands.add_parser("limits", help="the machine's limits, as in the times' `limit` rows")
-    command.set_defaults(run=run_limits)
+    by_turns = [
+        commands.add_parser("limits", help="limits and ours by turns, on the same arrays: shares of the limit"),
+        commands.add_parser("ratios", help="ours against ours by turns: options, fresh gradients, channels_last"),
+        commands.add_parser(
+            "torch", help="PyTorch and ours by turns: losses, softmax, torch.compile; JAX, scikit-learn, Numba"
+        ),
+    ]
+    runs = ((run_limits, 1.0), (run_ratios, 1.0), (run_torch, 0.3))  # the last has more than a thousand groups
+    for command, (run, seconds) in zip(by_turns, runs, strict=True):
+        command.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only those with such parts in their names")
+        command.add_argument("--seconds", type=float, default=seconds, help="about how long each function is timed")
+        command.add_argument("--rounds", type=int, default=turns.ROUNDS, help="turns of each function, at least")
+        command.set_defaults(run=run)
+    command.add_argument("--parts", nargs="+", default=against_torch.PARTS, choices=against_torch.PARTS)
+    command.add_argument("--dtypes", nargs="+", default=against_torch.DTYPES, choices=against_torch.DTYPES)
+
+    command = commands.add_parser("machine", help="bandwidth of memory and speed of exponentials, alone")
+    command.set_defaults(run=run_machine)
 
     command = commands.add_parser("memory", help="peak memory of each peer, in a process of its own")
     command.add_argument("peers", nargs="*", help="only those with such names")

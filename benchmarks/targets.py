@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import roofline
 from .cases import FORWARD, GRADIENT
 from .peers import OURS, REUSED, TORCH_OURS
 
@@ -86,3 +87,34 @@ def table(groups):
                 met = found >= wanted if figure.sign == "≥" else found <= wanted
                 target = f"{figure.sign} {figure.text.format(wanted)}"
                 yield case, f"{operation}, {name}: {figure.what}", target, figure.text.format(found), "" if met else "missed"
+
+
+def share(case, operation):
+    """The share of the limit that `python -m benchmarks limits` is to find, or None where nothing was asked for."""
+    by_hand = roofline.by_hand_kind(case) is not None
+    if case.option == "soft":
+        return 0.80 if operation == GRADIENT else None
+    if case.option:
+        return None
+    if by_hand:
+        return 0.75
+    if len(case.shape) > 2:
+        return 0.65
+    if case.dtype == "float64":
+        return 0.80
+    if case.dtype == "float32" and not roofline.in_cache(case):
+        return 0.93 if operation == FORWARD else 0.90
+    return None
+
+
+def torch_ratio(case, seconds):
+    """How many times as long as pyx_xent.torch PyTorch is to take, in its better setting; `seconds` of our call."""
+    if case.shape == (1024, 32000) and case.dtype in ("bfloat16", "float16"):
+        return 4.5
+    if case.elements >= 128 * 100:
+        return 1.5
+    return 0.95 if seconds < 30e-6 else 1.0
+
+
+OTHER_PEERS_RATIO = 1.5  # of JAX, scikit-learn, torch.compile, Numba
+SOFTMAX_RATIO = 1.0  # of PyTorch's softmax and log_softmax, and their backwards
