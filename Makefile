@@ -22,11 +22,12 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks report
 
-# Limits and ours, ours and ours, ours and PyTorch by turns: two hours. `make bench` afterwards has them in its report.
+# The table of figures, by turns: two hours. `make bench` afterwards has it in its report. OLDER=FOLDER and CLANG=FOLDER, built
+# in place beforehand, add the comparison with an older checkout and with clang's build.
+OLDER ?=
+CLANG ?=
 bench-turns: $(VENV)/bench
-	$(BIN)/python -m benchmarks limits
-	$(BIN)/python -m benchmarks ratios
-	$(BIN)/python -m benchmarks torch
+	$(BIN)/python -m benchmarks turns $(if $(OLDER),--older "$(OLDER)") $(if $(CLANG),--clang "$(CLANG)")
 
 bench-quick: $(VENV)/bench
 	$(TIMED) -m quick --bench-seconds 0.3

@@ -1,11 +1,10 @@
 """What goes with the times of `pytest benchmarks`: python -m benchmarks {command}.
 
-report · limits, ratios, torch: by turns · machine, memory, scaling, linear, alternation
+report · turns · machine, memory, scaling, linear, alternation
 """
 
 import argparse
 import json
-import operator
 import statistics
 import time
 from importlib.util import find_spec
@@ -16,56 +15,61 @@ from tqdm import tqdm
 
 import pyx_xent
 
-from . import against_torch, limits, linear, memory, ratios, report, results, roofline, scaling, turns
-from .cases import CASES, GRADIENT
+from . import against_torch, limits, linear, memory, ours, report, results, roofline, scaling, turns
+from .cases import CASES, GRADIENT, QUICK
 from .peers import PEERS
 from .timing import times
 
 SAVED = Path(".benchmarks")
 TIMES, MEMORY, SCALING, LINEAR = SAVED / "full", SAVED / "memory.json", SAVED / "scaling.json", SAVED / "linear.json"
-LIMITS, RATIOS, TORCH = SAVED / "limits.json", SAVED / "ratios.json", SAVED / "torch.json"
+TURNS = SAVED / "turns.json"
 
 
-def run_limits(arguments):
-    if roofline.why_not():
-        raise SystemExit(roofline.why_not())
-    cases = [case for case in CASES if wanted(str(case), arguments.cases)]
-    found = limits.measure(cases, arguments.threads, arguments.seconds, arguments.rounds)
-    finish(LIMITS, found, ("case", "operation", "threads"), limits)
+def run_turns(arguments):
+    """Every part that was asked for and can be measured here; each case's records are saved when they come."""
+    dtypes = arguments.dtypes
 
+    def wanted(name):
+        if arguments.quick and name not in QUICK:
+            return False
+        return not arguments.cases or any(part in name for part in arguments.cases)
 
-def run_ratios(arguments):
-    chosen = [one for one in ratios.RATIOS if wanted(f"{one[0]} {one[1]}", arguments.cases)]
-    found = ratios.measure(arguments.threads, arguments.seconds, arguments.rounds, chosen)
-    finish(RATIOS, found, ("one", "other", "operation"), ratios)
-
-
-def run_torch(arguments):
-    if find_spec("torch") is None:
-        raise SystemExit("PyTorch is not installed: this compares with it")
-    cases = [
-        case for case in against_torch.all_cases() if wanted(str(case), arguments.cases) and case.dtype in arguments.dtypes
-    ]
-    found = against_torch.measure(cases, arguments.parts, arguments.threads, arguments.seconds, arguments.rounds)
-    finish(TORCH, found, ("case", "part", "operation", "peer", "huge_pages", "threads"), against_torch)
-
-
-def wanted(name, chosen):
-    """Whether a case is one of those that were asked for: all, or with such a part in their names."""
-    return not chosen or any(part in name for part in chosen)
-
-
-def finish(file, measured, key, module):
-    """Save each case's records when they come, beside those that an earlier run has of others, and print a table at the end."""
-    found, identity = {}, operator.itemgetter(*key)
-    kept = {identity(one): one for one in (json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])}
+    limits_of = [case for case in CASES if wanted(str(case)) and case.dtype in dtypes]
+    compared = [case for case in against_torch.all_cases() if wanted(str(case)) and case.dtype in dtypes]
+    torch_parts = [part for part in against_torch.PARTS if part in arguments.parts]
+    how = arguments.threads, 0.03 if arguments.quick else arguments.seconds, turns.ROUNDS
+    parts = {
+        "limits": (roofline.why_not(), lambda: limits.measure(limits_of, *how)),
+        "ours": (None, lambda: ours.measure_ratios(wanted, *how)),
+        "import": (None, ours.measure_import),
+        "older": (_no_folder(arguments.older), lambda: ours.measure_checkout(arguments.older, ours.OLDER, wanted, *how)),
+        "clang": (_no_folder(arguments.clang), lambda: ours.measure_checkout(arguments.clang, ours.CLANG, wanted, *how)),
+        "torch": (
+            None if find_spec("torch") else "PyTorch is not installed",
+            lambda: against_torch.measure(compared, torch_parts, *how),
+        ),
+    }
+    chosen = {"torch" if part in torch_parts else part for part in arguments.parts}
+    kept = json.loads(TURNS.read_text(encoding="utf-8")) if TURNS.exists() else []
+    found = {}
     try:
-        for records in measured:
-            for one in records:
-                found[identity(one)] = {**one, "measured": time.strftime("%Y-%m-%d %H:%M")}
-            save(file, list({**kept, **found}.values()), quiet=True)
+        for part, (why_not, measured) in parts.items():
+            if part in chosen and why_not:
+                print(f"{part}: {why_not}")
+            elif part in chosen:
+                for records in measured():
+                    stamp = {"measured": time.strftime("%Y-%m-%d %H:%M"), "threads": arguments.threads}
+                    found.update({turns.identity(one): {**one, **stamp} for one in records})
+                    if not arguments.quick:  # too short to be reported
+                        save(TURNS, list({**{turns.identity(one): one for one in kept}, **found}.values()), quiet=True)
     finally:  # also of what there is when it is interrupted
-        print(*results.text_table([module.HEADINGS, *module.table(found.values())]), f"saved: {file}", sep="\n")
+        shown = [one for one in found.values() if arguments.all or turns.margin(one) < 1 or one["remarks"]]
+        for headings, cells in (turns.HEADINGS, turns.table(shown)), (turns.SUMMARY_HEADINGS, turns.summary(found.values())):
+            print(*results.text_table([headings, *cells]), "", sep="\n")
+
+
+def _no_folder(checkout):
+    return None if checkout else "no folder of another checkout was given"
 
 
 def run_machine(arguments):
@@ -149,7 +153,7 @@ def run_report(arguments):
     files = arguments.files or sorted(TIMES.glob("*/*.json"))[-1:]
     if not files:
         raise SystemExit(f"nothing saved in {TIMES}: run `make bench` first")
-    saved = {"memory": MEMORY, "scaling": SCALING, "linear": LINEAR, "limits": LIMITS, "ratios": RATIOS, "torch": TORCH}
+    saved = {"memory": MEMORY, "scaling": SCALING, "linear": LINEAR, "by_turns": TURNS}
     extras = {name: file if file.exists() else None for name, file in saved.items()}
     print(report.write(files, arguments.output, **extras))
 
@@ -163,21 +167,17 @@ def main():
     command.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     command.set_defaults(run=run_report)
 
-    by_turns = [
-        commands.add_parser("limits", help="limits and ours by turns, on the same arrays: shares of the limit"),
-        commands.add_parser("ratios", help="ours against ours by turns: options, fresh gradients, channels_last"),
-        commands.add_parser(
-            "torch", help="PyTorch and ours by turns: losses, softmax, torch.compile; JAX, scikit-learn, Numba"
-        ),
-    ]
-    runs = ((run_limits, 1.0), (run_ratios, 1.0), (run_torch, 0.3))  # the last has more than a thousand groups
-    for command, (run, seconds) in zip(by_turns, runs, strict=True):
-        command.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only those with such parts in their names")
-        command.add_argument("--seconds", type=float, default=seconds, help="about how long each function is timed")
-        command.add_argument("--rounds", type=int, default=turns.ROUNDS, help="turns of each function, at least")
-        command.set_defaults(run=run)
-    command.add_argument("--parts", nargs="+", default=against_torch.PARTS, choices=against_torch.PARTS)
+    parts = ["limits", "ours", "import", "older", "clang", *against_torch.PARTS]
+    command = commands.add_parser("turns", help="the table of figures: limits, options, PyTorch and others, by turns with ours")
+    command.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(parts)} (default: all)")
+    command.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only those with such parts in their names")
     command.add_argument("--dtypes", nargs="+", default=against_torch.DTYPES, choices=against_torch.DTYPES)
+    command.add_argument("--seconds", type=float, default=0.3, help="about how long each function is timed")
+    command.add_argument("--older", type=Path, metavar="FOLDER", help="a checkout of an older commit, built in place")
+    command.add_argument("--clang", type=Path, metavar="FOLDER", help="a checkout of this commit, built in place by clang")
+    command.add_argument("--quick", action="store_true", help="a few cases of each kind for a short time, not saved")
+    command.add_argument("--all", action="store_true", help="print all figures, not only those missed or unsteady")
+    command.set_defaults(run=run_turns)
 
     command = commands.add_parser("machine", help="bandwidth of memory and speed of exponentials, alone")
     command.set_defaults(run=run_machine)
@@ -200,6 +200,10 @@ def main():
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=pyx_xent.get_num_threads())
     arguments = parser.parse_args()
+    if unknown := set(getattr(arguments, "parts", ())) - set(parts):
+        parser.error(f"no such parts: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    if getattr(arguments, "parts", None) == []:
+        arguments.parts = parts
     arguments.run(arguments)
 
 

@@ -19,9 +19,8 @@ from . import targets
 from .answers import ENTRY, assert_right
 from .cases import CASES, FORWARD, GRADIENT, Case, Problem
 from .peers import OURS, PEERS, REUSED, TORCH_OURS, cannot_run, huge_arrays, torch_tensor
-from .results import duration
-from .turns import by_turns, remark, repeated
-from .worker import in_a_process
+from .turns import by_turns, record, repeated
+from .worker import SWITCH, in_a_process
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 OTHERS = ("JAX, optax", "scikit-learn HalfMultinomialLoss", "Numba")
@@ -111,21 +110,6 @@ SOFTMAX = [
 ]
 
 
-def record(case, part, operation, peer, own, turns, huge, threads):
-    seconds, ours = turns.medians[peer], turns.medians[own]
-    if part == "softmax":
-        wanted = targets.SOFTMAX_RATIO
-    elif peer == EAGER:
-        wanted = targets.torch_ratio(case, ours)
-    else:
-        wanted = targets.OTHER_PEERS_RATIO
-    return {
-        "case": str(case), "dtype": case.dtype, "elements": case.elements, "part": part, "operation": operation, "peer": peer,
-        "huge_pages": huge, "seconds": seconds, "ours": ours, "ratio": seconds / ours, "wanted": wanted, **turns.quality,
-        "threads": threads,
-    }  # fmt: skip
-
-
 def measure_case(case, parts, huge, threads, budget, rounds):
     """Records of a case, in a process whose PyTorch has huge pages or not."""
     import torch
@@ -135,26 +119,31 @@ def measure_case(case, parts, huge, threads, budget, rounds):
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     problem, found = Problem(case), []
 
-    def compare(part, operation, ours, peers):
+    def add(target, operation, ours, functions, right):
+        turns = by_turns(functions, budget, rounds)
+        (peer,) = functions.keys() - {ours}
+        target = target or targets.of_torch(case, turns.medians[ours])
+        one = record(target, case, operation, peer, ours, turns, remarks=[] if right else ["its answer is wrong"])
+        found.append({**one, "numerator": f"{peer}, {SWITCH}=1"} if huge else one)
+
+    def compare(operation, ours, peers):
         for name in peers:  # one at a time: each library has threads of its own, which wait spinning
             our_function, _ = checked(ours, problem, operation, threads)
             function, right = checked(name, problem, operation, threads)
-            turns = by_turns({ours: our_function, name: function}, budget, rounds)
-            found.append({**record(case, part, operation, name, ours, turns, huge, threads), "right": right})
+            add(None if name == EAGER else targets.OTHERS, operation, ours, {ours: our_function, name: function}, right)
 
     for operation in (FORWARD, GRADIENT):
         if "loss" in parts:
-            compare("loss", operation, TORCH_OURS, [EAGER])
+            compare(operation, TORCH_OURS, [EAGER])
         if "compile" in parts and case.dtype == "float32" and not huge:
-            compare("compile", operation, TORCH_OURS, [COMPILED])
+            compare(operation, TORCH_OURS, [COMPILED])
         if "others" in parts and not huge:
             names = [name for name in OTHERS if PEERS[name].fits(case, operation) and not cannot_run(name, case, threads, cpus)]
-            compare("others", operation, OURS if operation == FORWARD else REUSED, names)
+            compare(operation, OURS if operation == FORWARD else REUSED, names)
     if "softmax" in parts:
         for operation in SOFTMAX:
             functions, right = softmax_functions(problem, operation, threads)
-            turns = by_turns(functions, budget, rounds)
-            found.append({**record(case, "softmax", operation, EAGER, OURS, turns, huge, threads), "right": right})
+            add(targets.SOFTMAX, operation, OURS, functions, right)
     return found
 
 
@@ -166,38 +155,3 @@ def measure(cases, parts, threads, budget, rounds):
                 if not huge or huge_arrays(case, GRADIENT):
                     yield in_a_process(measure_case, case, parts, huge, threads, budget, rounds, huge_pages=huge)
                 progress.update()
-
-
-HEADINGS = ("case", "", "peer", "its time", "ours", "ratio", "wanted", "")
-
-
-def best_settings(records):
-    """Of PyTorch with and without huge pages, where both were measured, the faster: the record with the smaller ratio."""
-    found = {}
-    for one in records:
-        key = one["case"], one["part"], one["operation"], one["peer"]
-        if key not in found or one["ratio"] < found[key]["ratio"]:
-            found[key] = one
-    return list(found.values())
-
-
-def parts_of(records):
-    """{what is compared: its records}"""
-    names = {
-        "loss": "PyTorch eager's loss", "softmax": "PyTorch's softmax", "compile": "torch.compile", "others": "other libraries"
-    }  # fmt: skip
-    found = {names[part]: [one for one in records if one["part"] == part] for part in PARTS}
-    return {name: some for name, some in found.items() if some}
-
-
-def table(records):
-    """Cells of each record, the worst first."""
-    for one in sorted(records, key=lambda one: one["ratio"] / one["wanted"]):
-        remarks = ["missed"] if one["ratio"] < one["wanted"] else []
-        remarks += [] if one["right"] else ["its answer is wrong"]
-        remarks += remark(one)
-        peer = one["peer"] + (", THP_MEM_ALLOC_ENABLE=1" if one["huge_pages"] else "")
-        yield (
-            one["case"], one["operation"], peer, duration(one["seconds"]), duration(one["ours"]), f"{one['ratio']:.2f}",
-            f"≥ {one['wanted']:.2f}", ", ".join(remarks),
-        )  # fmt: skip

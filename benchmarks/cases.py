@@ -185,3 +185,7 @@ CASES = [
     Case((1024, 32000), "what the options that follow are compared with"),
     *(Case((1024, 32000), reason, option=option) for option, reason in OPTIONS.items()),
 ]
+# One of each kind: what `python -m benchmarks turns --quick` measures, in a minute or two.
+QUICK = ["64x10", "128x100", "256x1000-bfloat16", "16x2x64x64", "512x32000-float64", "1024x32000-soft", "2x150x256x256"]
+QUICK += ["2048x32000", "1024x32000-smoothing", "200x3", "128x100-bfloat16", "8x21x256x256-channels_last"]
+QUICK += ["1024x32000-bfloat16"]

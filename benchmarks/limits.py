@@ -1,9 +1,8 @@
 """Each case's limit and ours by turns, on the same arrays, in a process for each case: which share of the limit we reach.
 
-share = limit / (ours - CALL), medians; `roofline` says what the limits are, `targets.share` what we want.
+The figure is limit / (ours - CALL), medians; `roofline` says what the limits are, `targets.of_limit` which counts.
 """
 
-import numpy as np
 from tqdm import tqdm
 
 import pyx_xent
@@ -11,8 +10,7 @@ import pyx_xent
 from . import roofline, targets
 from .answers import assert_right
 from .cases import FORWARD, GRADIENT, Problem
-from .results import duration
-from .turns import by_turns, remark, repeated
+from .turns import by_turns, record, repeated
 from .worker import in_a_process
 
 IN_PLACE = "loss + gradient in place"
@@ -23,14 +21,18 @@ LONG = 8192  # classes from which on overwriting the logits is worth a figure: b
 
 def operations(case):
     found = [FORWARD, GRADIENT]
-    return [*found, IN_PLACE] if case.classes >= LONG and not roofline.in_cache(case) else found
+    # With class probabilities the limit's loop would overwrite the logits with other numbers than ours does.
+    in_place = case.classes >= LONG and not roofline.in_cache(case) and case.option != "soft"
+    return [*found, IN_PLACE] if in_place else found
 
 
 def limits_of(case, operation):
-    """Names of the limits of all threads, without those of the other place to write to."""
+    """(target, names of the limits of all threads that it is told against, without those of the other place to write to)."""
+    target, beginnings = targets.of_limit(case, operation)
     without = {FORWARD: (), GRADIENT: ("limit: in place",), IN_PLACE: ("limit: read + write",)}[operation]
     names = roofline.names(case, FORWARD if operation == FORWARD else GRADIENT)
-    return [name for name in names if not name.endswith(roofline.ONE_THREAD) and not name.startswith(without or ("-",))]
+    threaded = [name for name in names if not name.endswith(roofline.ONE_THREAD)]
+    return target, [name for name in threaded if name.startswith(beginnings) and not name.startswith(without)]
 
 
 def ours(problem, operation, threads, gradient):
@@ -50,12 +52,12 @@ def ours(problem, operation, threads, gradient):
 
 def measure_operation(problem, operation, threads, budget, rounds):
     """A record of one case and operation."""
-    case = problem.case
+    target, names = limits_of(problem.case, operation)
     gradient = None
     if operation != FORWARD:
         gradient = problem.logits if operation == IN_PLACE else roofline.touched_like(problem.logits)
     functions = {}
-    for name in limits_of(case, operation):
+    for name in names:
         # In place, exponentials are stored elsewhere: in the cache, where it makes no difference.
         to = None if operation == IN_PLACE else gradient
         functions[name] = roofline.make(name, problem, FORWARD if operation == FORWARD else GRADIENT, threads, to)
@@ -65,45 +67,19 @@ def measure_operation(problem, operation, threads, budget, rounds):
             assert_right(problem, operation, (loss, None if found is None else found[problem.sample]))
     functions[OURS] = ours(problem, operation, threads, gradient)
     turns = by_turns(functions, budget, rounds)
-    medians = turns.medians
-    seconds = medians.pop(OURS)
-    name, limit = roofline.binding(medians)
-    return {
-        "case": str(case), "reason": case.reason, "operation": operation, "elements": case.elements, "threads": threads,
-        "limit": name, "limit_seconds": limit, "limits": medians, "seconds": seconds, "share": limit / (seconds - CALL),
-        "wanted": targets.share(case, operation), "rounds": len(turns.seconds[OURS]), **turns.quality,
-    }  # fmt: skip
+    limit, _ = roofline.binding({name: turns.medians[name] for name in names})
+    return record(target, problem.case, operation, limit, OURS, turns, less=CALL)
 
 
 def measure_case(case, threads, budget, rounds):
     pyx_xent.set_num_threads(threads)
     problem = Problem(case)
     # In place is the last: it overwrites the logits.
-    wanted = [operation for operation in operations(case) if limits_of(case, operation)]
-    return [measure_operation(problem, operation, threads, budget, rounds) for operation in wanted]
+    limited = [operation for operation in operations(case) if limits_of(case, operation)[1]]
+    return [measure_operation(problem, operation, threads, budget, rounds) for operation in limited]
 
 
 def measure(cases, threads, budget, rounds):
     """Records of each case, as soon as they are there."""
     for case in tqdm(cases, unit=" cases"):
         yield in_a_process(measure_case, case, threads, budget, rounds)
-
-
-HEADINGS = ("case", "", "limit", "its time", "ours", "ns/element", "share", "wanted", "")
-
-
-def table(records):
-    """Cells of each record, the smallest share of what is wanted first."""
-
-    def met(record):
-        return record["share"] / (record["wanted"] or np.inf)
-
-    for record in sorted(records, key=lambda record: (record["wanted"] is None, met(record))):
-        wanted, share = record["wanted"], record["share"]
-        remarks = ["missed"] if wanted and share < wanted else []
-        remarks += remark(record)
-        yield (
-            record["case"], record["operation"], record["limit"].removeprefix("limit: "), duration(record["limit_seconds"]),
-            duration(record["seconds"]), f"{record['seconds'] / record['elements'] * 1e9:.3f}", f"{share:.2f}",
-            "" if wanted is None else f"≥ {wanted:.2f}", ", ".join(remarks),
-        )  # fmt: skip

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-from . import against_torch, results, roofline, targets
-from . import limits as shares
+from . import limits, results, roofline, targets, turns
 from . import linear as linear_layer
-from . import ratios as own_ratios
 from .cases import GRADIENT
 from .peers import OURS, REUSED, TORCH_OURS
 
@@ -68,27 +66,19 @@ compared with a float64 reference. "Over its products": over the time of the mat
 by the same library, with the logits in memory. Memory is that of one call, in a process of its own.
 """
 
-BY_TURNS_EXPLANATION = """\
-What follows was measured by turns in one process, on the same arrays, at least 7 turns each; medians. A group whose median is
-more than 1.3 times its minimum, or whose threads lost the processor to other programs, was repeated, and is marked "unsteady"
-if it stayed so.
-"""
-
-SHARES_EXPLANATION = f"""\
-Share: the limit's time over ours, less {shares.CALL * 1e6:.1f} µs for a Python call. The limit is the slowest of moving
-the bytes, taking exponentials in cache, and, for short rows, few classes, planes and bfloat16, the whole loss (and gradient) in
-AVX-512 by hand (benchmarks/handwritten.c), each in the fastest of its ways. "loss + gradient" goes to an array that is used
-again.
-"""
-
-TORCH_EXPLANATION = """\
-Ratio: the peer's time over ours, that of pyx_xent.torch for PyTorch's losses, of the NumPy functions otherwise. Where both
-settings of PyTorch's allocator were measured, the one that is better for PyTorch counts. Each table has its {shown} worst.
-"""
 WORST = 40
+BY_TURNS_EXPLANATION = f"""\
+`python -m benchmarks turns`: by turns in one process on the same arrays, or in two processes on equal ones, at least
+{turns.ROUNDS} turns each; medians. A group whose median is more than {turns.UNSTEADY} times its minimum, or whose threads lost
+the processor to other programs, was repeated, and is marked "unsteady" if it stayed so.
+
+Ours is `pyx_xent.torch` beside PyTorch's losses, the NumPy functions beside everybody else. A limit's figure is a share: its
+time over ours, less {limits.CALL * 1e6:.1f} µs for a Python call. Hand-written code (benchmarks/handwritten.c) is AVX-512 and
+has no options, no checks and no NaN. Each table has its {WORST} worst.
+"""
 
 
-def write(files, folder, memory=None, scaling=None, linear=None, limits=None, ratios=None, torch=None):
+def write(files, folder, memory=None, scaling=None, linear=None, by_turns=None):
     """Write report.md and its plots into `folder`; the others are files of `python -m benchmarks`, or None."""
     machine, benchmarks = load(files)
     groups = results.groups(benchmarks)
@@ -120,31 +110,17 @@ def write(files, folder, memory=None, scaling=None, linear=None, limits=None, ra
         lines += ["# A linear layer and its loss", "", LINEAR_EXPLANATION]
         for heading, rows in linear_layer.groups(json.loads(Path(linear).read_text(encoding="utf-8"))).items():
             lines += [f"## {heading}", "", *markdown_table(linear_layer.HEADINGS, rows), ""]
-    if limits or ratios or torch:
-        lines += ["# By turns", "", BY_TURNS_EXPLANATION, *by_turns_lines(limits, ratios, torch)]
+    if by_turns:
+        lines += ["# By turns", "", BY_TURNS_EXPLANATION, *by_turns_lines(json.loads(by_turns.read_text(encoding="utf-8")))]
     file = folder / "report.md"
     file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return file
 
 
-def by_turns_lines(limits, ratios, torch):
-    """Tables of what `python -m benchmarks limits`, `ratios` and `torch` have saved."""
-
-    def read(file):
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-
-    if limits:
-        yield from ("## Shares of the limit", "", SHARES_EXPLANATION)
-        yield from (*markdown_table(shares.HEADINGS, shares.table(read(limits))), "")
-    if ratios:
-        yield from ("## Ours over ours", "", *markdown_table(own_ratios.HEADINGS, own_ratios.table(read(ratios))), "")
-    if torch:
-        yield from ("## PyTorch and others over ours", "", TORCH_EXPLANATION.format(shown=WORST))
-        for part, records in against_torch.parts_of(against_torch.best_settings(read(torch))).items():
-            met = sum(one["ratio"] >= one["wanted"] for one in records)
-            worst = list(against_torch.table(records))[:WORST]
-            yield from (f"### {part}: {met} of {len(records)} as wanted", "")
-            yield from (*markdown_table(against_torch.HEADINGS, worst), "")
+def by_turns_lines(records):
+    yield from (*markdown_table(turns.SUMMARY_HEADINGS, turns.summary(records)), "")
+    for row, some in turns.rows(records).items():
+        yield from (f"## {row}", "", *markdown_table(turns.HEADINGS, list(turns.table(some))[:WORST]), "")
 
 
 def axes(width=8, height=5):

@@ -16,7 +16,7 @@ from .cases import CASES, Problem
 from .peers import PEERS, cannot_run
 from .timing import times
 from .turns import UNSTEADY, spread
-from .worker import HugePages
+from .worker import forget_huge_pages
 
 
 @lru_cache(maxsize=1)
@@ -109,5 +109,5 @@ def first_result(compute):
 @pytest.fixture(autouse=True)
 def _memory_is_given_back():
     yield
-    HugePages.forget()
+    forget_huge_pages()
     gc.collect()
