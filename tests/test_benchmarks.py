@@ -21,8 +21,8 @@ from benchmarks import (
     limits,
     linear,
     memory,
+    ours,
     peers,
-    ratios,
     report,
     results,
     roofline,
@@ -225,7 +225,7 @@ class TestTurns:
         assert found.spread == 1
         assert not found.steady
         assert turns.switches() == 6 * 10**9  # three groups
-        assert "preempted" in turns.remark(found.quality)[0]
+        assert "preempted" in found.remarks[0]
 
     def test_a_steady_group_is_not_repeated(self, monkeypatch):
         groups = iter([{"a": [1, 1.2, 1.2]}])
@@ -247,34 +247,88 @@ def test_processes_that_measure_have_the_environment_of_users(monkeypatch):
     assert os.environ["OPENBLAS_CORETYPE"] == "Haswell"
 
 
-def test_shares_of_limits_are_measured_and_shown():
+@pytest.fixture
+def other_checkout(tmp_path):
+    """A package that says so wherever it computes."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "pyx_xent", folder / "pyx_xent", ignore=shutil.ignore_patterns("*.c"))
+    with (folder / "pyx_xent/__init__.py").open("a") as file:
+        file.write("\n_right = cross_entropy\ndef cross_entropy(*a, **k): return 1000 + _right(*a, **k)\n")
+    return folder
+
+
+def test_workers_compute_with_the_package_of_another_checkout_and_with_other_kernels(other_checkout):
+    case = replace(cases.CASES[0], shape=(6, 23))
+    expected = cases.Problem(case).expected[0]
+    with worker.Worker(checkout=other_checkout) as theirs, worker.Worker(isa="baseline") as own:
+        for one, added in ((theirs, 1000), (own, 0)):
+            one.prepare(case, cases.FORWARD, 1, peers.OURS)
+            assert one(2).fetch() == (pytest.approx(added + expected), None)
+            assert one.seconds(3) > 0
+            one.forget()
+    assert "PYX_XENT_ISA" not in os.environ
+
+
+def test_a_wrong_answer_of_another_checkout_is_not_timed(other_checkout, monkeypatch):
+    monkeypatch.setitem(ours.NAMES, "tiny", cases.Case((6, 23), ""))
+    found = ours.measure_checkout(other_checkout, [(targets.CALL, None, ["tiny"])], bool, 1, 0, 2)
+    with pytest.raises(AssertionError):
+        next(found)
+
+
+def test_another_checkout_is_measured_by_turns_with_this_one(monkeypatch):
+    monkeypatch.setitem(ours.NAMES, "tiny", cases.Case((6, 23), ""))
+    (records,) = ours.measure_checkout(ROOT, [(targets.CALL, "baseline", ["tiny"])], bool, 1, 0, 2)
+    assert [one["operation"] for one in records] == [cases.FORWARD, cases.GRADIENT]
+    assert all(one["figure"] == one["seconds"][0] / one["seconds"][1] for one in records)
+
+
+def test_import_is_measured_in_milliseconds():
+    ((record,),) = ours.measure_import(rounds=2)
+    assert record["figure"] == pytest.approx(1e3 * record["seconds"][0])
+    assert len(next(turns.table([record]))) == len(turns.HEADINGS)
+
+
+def test_shares_of_limits_are_measured():
     if roofline.why_not():
         pytest.skip(roofline.why_not())
     shapes = [cases.Case((32, 10), "rows"), cases.Case((2, 5, 4, 8), "planes"), cases.Case((32, 10), "", "float64")]
     found = [record for case in shapes for record in limits.measure_case(case, 1, 0, 2)]
     assert [record["operation"] for record in found] == [cases.FORWARD, cases.GRADIENT] * 3
     for record in found:
-        assert record["limit_seconds"] == record["limits"][record["limit"]]
-        assert record["share"] == pytest.approx(record["limit_seconds"] / (record["seconds"] - limits.CALL))
-    assert {row[0] for row in limits.table(found)} == {str(case) for case in shapes}
+        limit, own = record["seconds"]
+        assert record["figure"] == pytest.approx(limit / (own - limits.CALL))
+        assert record["numerator"].startswith("limit: ")
 
 
 def test_in_place_is_measured_last_and_only_where_rows_are_long():
+    long = cases.Case((2048, 32000), "")
     operations = [cases.FORWARD, cases.GRADIENT, limits.IN_PLACE]
-    assert limits.operations(cases.Case((2048, 32000), "")) == operations
+    assert limits.operations(long) == operations
+    assert limits.operations(replace(long, option="soft")) == operations[:2]
     assert limits.operations(cases.Case((256, 1000), "")) == operations[:2]
-    elsewhere, in_place = (limits.limits_of(cases.Case((2048, 32000), ""), operation) for operation in operations[1:])
+    elsewhere, in_place = (limits.limits_of(long, operation)[1] for operation in operations[1:])
     assert "limit: in place" in in_place
     assert "limit: in place" not in elsewhere
     assert not any("read + write" in name for name in in_place)
 
 
-def test_ratios_of_ours_to_ours_are_measured_and_shown():
-    (records,) = ratios.measure(1, 0, 2, [one for one in ratios.RATIOS if "smoothing" in one[0]][1:], shape=(6, 23))
-    assert records[0]["ratio"] == records[0]["seconds"] / records[0]["other_seconds"]
-    assert "grad_out=" in next(ratios.table(records))[0]
-    for one, _, other, _, _, _ in ratios.RATIOS:
-        assert {one, other} <= set(ratios.NAMES)
+@pytest.mark.parametrize("case", ["2048x32000", "1024x32000-soft", "2x150x256x256"])
+def test_shares_of_memory_are_not_those_of_arithmetic(case):
+    target, names = limits.limits_of(ours.NAMES[case], cases.GRADIENT)
+    assert target.wanted
+    assert names
+    assert all(name.startswith("limit: read + write") for name in names)
+
+
+def test_ratios_of_ours_to_ours_are_measured(monkeypatch):
+    for name in ours.NAMES:
+        monkeypatch.setitem(ours.NAMES, name, replace(ours.NAMES[name], shape=cases.CASES[0].shape, layout=""))
+    found = [one for records in ours.measure_ratios(lambda name: "smoothing" in name, 1, 0, 2) for one in records]
+    assert [one["operation"] for one in found] == [cases.FORWARD, cases.GRADIENT]
+    fresh = ours.measure_ratio(targets.FRESH, cases.CASES[0], ours.FRESH, cases.CASES[0], ours.INTO, cases.GRADIENT, 1, 0, 2)
+    assert fresh[0]["numerator"] == ours.FRESH
+    assert fresh[0]["denominator"] == ours.INTO
 
 
 def test_ours_and_pytorch_by_turns():
@@ -283,13 +337,43 @@ def test_ours_and_pytorch_by_turns():
     for case in (cases.Case((6, 23), ""), cases.Case((2, 5, 3, 4), "", "float16"), cases.Case((6, 23), "", "float64")):
         found = against_torch.measure_case(case, parts, False, 1, 0, 2)
         assert [one["operation"] for one in found] == [cases.FORWARD, cases.GRADIENT, *against_torch.SOFTMAX]
-        assert len(list(against_torch.table(found))) == len(found)
+        assert {one["row"] for one in found} == {targets.LOSS, targets.SOFTMAX.row}
+        assert len(set(map(turns.identity, found))) == len(found)
 
 
-def test_the_better_setting_of_pytorch_counts():
-    record = {"case": "a", "part": "loss", "operation": "forward", "peer": "torch eager"}
-    records = [{**record, "ratio": 5, "huge_pages": False}, {**record, "ratio": 2, "huge_pages": True}]
-    assert against_torch.best_settings(records) == records[1:]
+def made_up(row, sign, figure, wanted=1.0, **fields):
+    return {
+        "row": row, "sign": sign, "wanted": wanted, "case": "64x10", "operation": cases.GRADIENT, "numerator": "limit: by hand",
+        "denominator": "pyx_xent", "seconds": [1e-6, 2e-6], "figure": figure, "remarks": [], **fields,
+    }  # fmt: skip
+
+
+def test_summary_counts_what_is_met_and_names_the_worst():
+    records = [
+        made_up(targets.FRESH.row, "≤", 1.5, case="worst"), made_up(targets.FRESH.row, "≤", 0.9, remarks=["unsteady: 2.0"]),
+        made_up(targets.BY_HAND, "≥", 1.5), made_up(targets.OTHER_LIMITS, "≥", 0.1, wanted=None),
+    ]  # fmt: skip
+    by_hand, fresh, other = turns.summary(records)
+    assert by_hand[:3] == (targets.BY_HAND, "1 of 1", "0")
+    assert fresh[:3] == (targets.FRESH.row, "1 of 2", "1")
+    assert fresh[4].startswith("worst")
+    assert other[1] == "1 of 1"
+
+
+def test_every_row_of_figures_has_a_comparison():
+    asked = {targets.of_limit(case, operation)[0].row for case in cases.CASES for operation in (cases.FORWARD, cases.GRADIENT)}
+    asked |= {targets.of_torch(case, 1).row for case in against_torch.all_cases()}
+    asked |= {target.row for target, *_ in (*ours.RATIOS, *ours.OLDER, *ours.CLANG)}
+    asked |= {targets.SOFTMAX.row, targets.OTHERS.row, targets.IMPORT.row}
+    if roofline.why_not() is None and roofline._compiled()[0].has_handwritten():
+        assert asked == set(targets.ROWS)
+
+
+def test_names_of_cases_that_are_asked_for_exist():
+    known = {*ours.NAMES, *map(str, against_torch.all_cases())}
+    assert set(cases.QUICK) <= known
+    assert {name for _, _, names in (*ours.OLDER, *ours.CLANG) for name in names} <= known
+    assert {name for _, one, _, other, _, _ in ours.RATIOS for name in (one, other)} <= known
 
 
 def test_shapes_that_are_compared_with_pytorch():
@@ -333,23 +417,12 @@ def test_shares_of_the_limit_and_ratios(tmp_path):
 
 def test_report_has_what_was_measured_by_turns(tmp_path):
     pytest.importorskip("matplotlib")
-    common = {"case": "64x10", "operation": cases.GRADIENT, "elements": 640, "spread": 1.5, "steady": False, "wanted": 0.75}
-    records = {
-        "limits": {**common, "limit": "limit: by hand", "limit_seconds": 1e-6, "seconds": 3.2e-6, "share": 0.5},
-        "ratios": {**common, "one": "64x10, fresh", "other": "64x10", "seconds": 3.0, "other_seconds": 2.0, "ratio": 1.5},
-        "torch": {
-            **common, "part": "loss", "peer": "torch eager", "huge_pages": True, "seconds": 1.0, "ours": 2.0, "ratio": 0.5,
-            "right": True,
-        },
-    }  # fmt: skip
-    for name, record in records.items():
-        (tmp_path / name).write_text(json.dumps([record]))
-    files = {name: tmp_path / name for name in records}
-    text = report.write([saved(tmp_path)[0]], tmp_path / "page", **files).read_text(encoding="utf-8")
-    assert "| 64x10 | loss + gradient | by hand | 1 µs | 3.2 µs | 5.000 | 0.50 | ≥ 0.75 | missed, unsteady: 1.5 |" in text
-    assert "| 64x10, fresh | 64x10 | loss + gradient | 3 s | 2 s | 1.50 | ≤ 0.75 | missed, unsteady: 1.5 |" in text
-    assert "PyTorch eager's loss: 0 of 1 as wanted" in text
-    assert "torch eager, THP_MEM_ALLOC_ENABLE=1 | 1 s | 2 s | 0.50 | ≥ 0.75 | missed, unsteady: 1.5 |" in text
+    file = tmp_path / "turns.json"
+    file.write_text(json.dumps([made_up(targets.BY_HAND, "≥", 0.5, 0.75, remarks=["unsteady: 1.5"])]))
+    text = report.write([saved(tmp_path)[0]], tmp_path / "page", by_turns=file).read_text(encoding="utf-8")
+    assert f"| {targets.BY_HAND} | 0 of 1 | 1 | 0.50 | 64x10, loss + gradient, limit: by hand | 0.50 | ≥ 0.75 |" in text
+    line = "| 64x10 | loss + gradient | limit: by hand | 1 µs | pyx_xent | 2 µs | 0.50 | ≥ 0.75 | missed, unsteady: 1.5 |"
+    assert line in text
 
 
 def test_report_has_tables_memory_plots_and_what_is_absent(tmp_path):
