@@ -6,7 +6,7 @@ TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
 BASELINE := file://./.benchmarks/baseline
 SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
 
-.PHONY: demo test bench bench-quick bench-save bench-compare asan clang trust lint clean
+.PHONY: demo test bench bench-turns bench-quick bench-save bench-compare asan clang trust lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -21,6 +21,13 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks scaling
 	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks report
+
+# The table of figures, by turns: two hours. `make bench` afterwards has it in its report. OLDER=FOLDER and CLANG=FOLDER, built
+# in place beforehand, add the comparison with an older checkout and with clang's build.
+OLDER ?=
+CLANG ?=
+bench-turns: $(VENV)/bench
+	$(BIN)/python -m benchmarks turns $(if $(OLDER),--older "$(OLDER)") $(if $(CLANG),--clang "$(CLANG)")
 
 bench-quick: $(VENV)/bench
 	$(TIMED) -m quick --bench-seconds 0.3

@@ -1,41 +1,101 @@
-"""python -m benchmarks {report,limits,memory,scaling,linear,alternation}: what goes with the times of `pytest benchmarks`."""
+"""What goes with the times of `pytest benchmarks`: python -m benchmarks {command}.
+
+report · turns · machine, memory, scaling, linear, alternation
+"""
 
 import argparse
 import json
 import statistics
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import pyx_xent
 
-from . import linear, memory, report, results, roofline, scaling
-from .cases import CASES, GRADIENT
+from . import against_torch, limits, linear, memory, ours, report, results, roofline, scaling, turns
+from .cases import CASES, GRADIENT, QUICK
 from .peers import PEERS
 from .timing import times
 
 SAVED = Path(".benchmarks")
 TIMES, MEMORY, SCALING, LINEAR = SAVED / "full", SAVED / "memory.json", SAVED / "scaling.json", SAVED / "linear.json"
+TURNS = SAVED / "turns.json"
 
 
-def run_limits(arguments):
+def run_turns(arguments):
+    """Every part that was asked for and can be measured here; each case's records are saved when they come."""
+    dtypes = arguments.dtypes
+
+    def wanted(name):
+        if arguments.quick and name not in QUICK:
+            return False
+        return not arguments.cases or any(part in name for part in arguments.cases)
+
+    limits_of = [case for case in CASES if wanted(str(case)) and case.dtype in dtypes]
+    compared = [case for case in against_torch.all_cases() if wanted(str(case)) and case.dtype in dtypes]
+    torch_parts = [part for part in against_torch.PARTS if part in arguments.parts]
+    how = arguments.threads, 0.03 if arguments.quick else arguments.seconds, turns.ROUNDS
+    parts = {
+        "limits": (roofline.why_not(), lambda: limits.measure(limits_of, *how)),
+        "ours": (None, lambda: ours.measure_ratios(wanted, *how)),
+        "import": (None, ours.measure_import),
+        "older": (_no_folder(arguments.older), lambda: ours.measure_checkout(arguments.older, ours.OLDER, wanted, *how)),
+        "clang": (_no_folder(arguments.clang), lambda: ours.measure_checkout(arguments.clang, ours.CLANG, wanted, *how)),
+        "torch": (
+            None if find_spec("torch") else "PyTorch is not installed",
+            lambda: against_torch.measure(compared, torch_parts, *how),
+        ),
+    }
+    chosen = {"torch" if part in torch_parts else part for part in arguments.parts}
+    kept = json.loads(TURNS.read_text(encoding="utf-8")) if TURNS.exists() else []
+    found = {}
+    try:
+        for part, (why_not, measured) in parts.items():
+            if part in chosen and why_not:
+                print(f"{part}: {why_not}")
+            elif part in chosen:
+                for records in measured():
+                    stamp = {"measured": time.strftime("%Y-%m-%d %H:%M"), "threads": arguments.threads}
+                    found.update({turns.identity(one): {**one, **stamp} for one in records})
+                    if not arguments.quick:  # too short to be reported
+                        save(TURNS, list({**{turns.identity(one): one for one in kept}, **found}.values()), quiet=True)
+    finally:  # also of what there is when it is interrupted
+        shown = [one for one in found.values() if arguments.all or turns.margin(one) < 1 or one["remarks"]]
+        for headings, cells in (turns.HEADINGS, turns.table(shown)), (turns.SUMMARY_HEADINGS, turns.summary(found.values())):
+            print(*results.text_table([headings, *cells]), "", sep="\n")
+
+
+def _no_folder(checkout):
+    return None if checkout else "no folder of another checkout was given"
+
+
+def run_machine(arguments):
     if roofline.why_not():
         raise SystemExit(roofline.why_not())
-    elements = 64 << 20
-    names = ("read", "read + write", "in place")
-    limits = {f"memory: {name}": (elements, roofline.memory_limit(kind, 4 * elements, arguments.threads), 4 * min(kind + 1, 2))
-              for kind, name in enumerate(names)}  # fmt: skip
+    large, threads = np.ones(64 << 20, np.float32), arguments.threads
+    elsewhere = roofline.touched_like(large)
+    functions = {
+        f"memory: {name.removeprefix('limit: ')}": (
+            large.size, roofline.memory_limit(kind, large, threads, out=elsewhere), 4 * min(kind + 1, 2)
+        )
+        for name, kind in roofline.MEMORY.items()
+    }  # fmt: skip
     if roofline._compiled()[0].has_arithmetic_limit():
-        small = roofline.IN_CACHE
-        limits["in cache: max, exp"] = small, roofline.arithmetic_limit(small, arguments.threads, False), 0
-        limits["in cache: max, exp, scale"] = small, roofline.arithmetic_limit(small, arguments.threads, True), 0
-    print(f"{arguments.threads} threads, float32, fastest and median")
-    for name, (count, function, bytes_moved) in limits.items():
+        for dtype in ("float32", "float64"):
+            small = 3 * np.random.default_rng(0).standard_normal(roofline.IN_CACHE // 2, dtype)
+            out = roofline.touched_like(small)
+            functions[f"in cache: max, exp, {dtype}"] = small.size, roofline.arithmetic_limit(small, threads), 0
+            functions[f"in cache: max, exp, scale, {dtype}"] = small.size, roofline.arithmetic_limit(small, threads, out), 0
+    print(f"{threads} threads, fastest and median")
+    for name, (count, function, bytes_moved) in functions.items():
         function()
         seconds = times(function, budget=0, least=15 if bytes_moved else 600)
         best, median = min(seconds) / count * 1e9, statistics.median(seconds) / count * 1e9
         rate = f"{bytes_moved / best:8.1f} GB/s" if bytes_moved else ""
-        print(f"{name:27}{best:8.4f} ns/element{median:9.4f}{rate}")
+        print(f"{name:36}{best:8.4f} ns/element{median:9.4f}{rate}")
 
 
 def run_memory(arguments):
@@ -82,19 +142,19 @@ def run_alternation(arguments):
     print(f"by turns over the sum: {found['by turns'] / (found['torch.mm'] + found['loss']):.3f}")
 
 
-def save(file, data):
+def save(file, data, quiet=False):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    print(f"saved: {file}")
+    if not quiet:
+        print(f"saved: {file}")
 
 
 def run_report(arguments):
     files = arguments.files or sorted(TIMES.glob("*/*.json"))[-1:]
     if not files:
         raise SystemExit(f"nothing saved in {TIMES}: run `make bench` first")
-    extras = {
-        name: file if file.exists() else None for name, file in (("memory", MEMORY), ("scaling", SCALING), ("linear", LINEAR))
-    }
+    saved = {"memory": MEMORY, "scaling": SCALING, "linear": LINEAR, "by_turns": TURNS}
+    extras = {name: file if file.exists() else None for name, file in saved.items()}
     print(report.write(files, arguments.output, **extras))
 
 
@@ -107,8 +167,20 @@ def main():
     command.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     command.set_defaults(run=run_report)
 
-    command = commands.add_parser("limits", help="the machine's limits, as in the times' `limit` rows")
-    command.set_defaults(run=run_limits)
+    parts = ["limits", "ours", "import", "older", "clang", *against_torch.PARTS]
+    command = commands.add_parser("turns", help="the table of figures: limits, options, PyTorch and others, by turns with ours")
+    command.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(parts)} (default: all)")
+    command.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="only those with such parts in their names")
+    command.add_argument("--dtypes", nargs="+", default=against_torch.DTYPES, choices=against_torch.DTYPES)
+    command.add_argument("--seconds", type=float, default=0.3, help="about how long each function is timed")
+    command.add_argument("--older", type=Path, metavar="FOLDER", help="a checkout of an older commit, built in place")
+    command.add_argument("--clang", type=Path, metavar="FOLDER", help="a checkout of this commit, built in place by clang")
+    command.add_argument("--quick", action="store_true", help="a few cases of each kind for a short time, not saved")
+    command.add_argument("--all", action="store_true", help="print all figures, not only those missed or unsteady")
+    command.set_defaults(run=run_turns)
+
+    command = commands.add_parser("machine", help="bandwidth of memory and speed of exponentials, alone")
+    command.set_defaults(run=run_machine)
 
     command = commands.add_parser("memory", help="peak memory of each peer, in a process of its own")
     command.add_argument("peers", nargs="*", help="only those with such names")
@@ -128,6 +200,10 @@ def main():
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=pyx_xent.get_num_threads())
     arguments = parser.parse_args()
+    if unknown := set(getattr(arguments, "parts", ())) - set(parts):
+        parser.error(f"no such parts: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    if getattr(arguments, "parts", None) == []:
+        arguments.parts = parts
     arguments.run(arguments)
 
 

@@ -4,7 +4,6 @@ Each round calls everybody once, by turns, because the machine drifts over the m
 loss and gradients of the first rows are compared with the float64 reference.
 """
 
-import multiprocessing
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from . import memory
 from .cases import FORWARD, GRADIENT, numpy_dtype
 from .peers import OURS, TORCH_OURS, torch_tensor
 from .results import duration
+from .worker import in_a_process
 
 CHECKED = 40  # rows
 PRODUCTS = "matrix products, NumPy"
@@ -237,19 +237,16 @@ def extra_memory(case, operation, name, threads):
 def measure(threads):
     """A record for each case, operation and peer."""
     found = []
-    context = multiprocessing.get_context("spawn")
     with tqdm(total=sum(len(case.operations) for case in CASES), unit=" groups") as progress:
         for case in CASES:
             for operation in case.operations:
-                with context.Pool(1) as pool:
-                    seconds = pool.apply(measure_times, (case, operation, threads))
+                seconds = in_a_process(measure_times, case, operation, threads)
                 for name, rounds in seconds.items():
                     torchs = TORCH_PRODUCTS in seconds and name not in (PRODUCTS, OURS)
                     base = seconds.get(TORCH_PRODUCTS if torchs else PRODUCTS)
                     extra = None
                     if memory.resident("VmHWM") is not None and case.rounds > 2 and name not in (PRODUCTS, TORCH_PRODUCTS):
-                        with context.Pool(1) as pool:
-                            extra = pool.apply(extra_memory, (case, operation, name, threads))
+                        extra = in_a_process(extra_memory, case, operation, name, threads)
                     found.append({
                         "case": str(case), "reason": case.reason, "operation": operation, "name": name, "min": min(rounds),
                         "median": statistics.median(rounds), "over_products": base and min(rounds) / min(base), "memory": extra,

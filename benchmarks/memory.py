@@ -1,13 +1,11 @@
 """Peak memory of each peer beyond its inputs: one call in a process of its own, started afresh."""
 
-import multiprocessing
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from .cases import Case, Problem
 from .peers import PEERS
-from .worker import switched_on
+from .worker import in_a_process
 
 
 def resident(field):
@@ -53,7 +51,5 @@ def one_call(case, operation, name, threads):
 
 
 def measure(case, operation, name, threads):
-    context = multiprocessing.get_context("spawn")
     huge = name.endswith("THP_MEM_ALLOC_ENABLE=1")
-    with switched_on() if huge else nullcontext(), context.Pool(1) as pool:
-        return pool.apply(one_call, (case, operation, "torch eager" if huge else name, threads))
+    return in_a_process(one_call, case, operation, "torch eager" if huge else name, threads, huge_pages=huge)

@@ -265,13 +265,12 @@ def huge_arrays(case, operation):
     return case.logits_bytes >= 2 << 20  # the switch does nothing for smaller ones
 
 
-@peer(
-    "torch eager, THP_MEM_ALLOC_ENABLE=1", huge_arrays, answer=lambda problem, result: result.fetch(problem), modules=("torch",)
-)
+@peer("torch eager, THP_MEM_ALLOC_ENABLE=1", huge_arrays, answer=lambda problem, result: result.fetch(), modules=("torch",))
 def torch_huge_pages(problem, operation, threads):
-    from .worker import HugePages
+    from .worker import huge_pages
 
-    return HugePages.prepare(problem.case, operation, threads)
+    huge_pages().prepare(problem.case, operation, threads, "torch eager")
+    return huge_pages()
 
 
 def compiled_shapes(case, operation):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from . import limits, results, roofline, targets, turns
 from . import linear as linear_layer
-from . import results, targets
 from .cases import GRADIENT
 from .peers import OURS, REUSED, TORCH_OURS
 
@@ -53,9 +53,10 @@ EXPLANATION = """\
 Each group ran in one go, on the same arrays. Times are medians of at least 5 rounds (3 for calls slower than 1 s), after
 warming up; each answer was compared with a float64 reference first: all losses, and of large cases a sample of the gradient's
 rows. GB/s counts only bytes that have to be moved: logits once, class probabilities once, the gradient once. "Of the limit" is
-the time of the slowest `limit` row over the peer's own: moving these bytes and doing nothing else, or one maximum and one
-exponential an element in cache, called from Python as everybody is. "Ratio" is the peer's time over that of `pyx_xent`
-with `grad_out=`. Times drift from run to run; ratios within a group hold.
+the time of the slowest `limit` row over the peer's own: moving these bytes and doing nothing else, one maximum and one
+exponential an element in cache, or the whole computation by hand, called from Python as everybody is; of the ways after " / "
+the fastest counts. "Ratio" is the peer's time over that of `pyx_xent` with `grad_out=`. Times drift from run to run; a row
+whose median is more than 1.3 times its minimum was repeated, and is marked if it stayed so.
 """
 
 
@@ -65,9 +66,20 @@ compared with a float64 reference. "Over its products": over the time of the mat
 by the same library, with the logits in memory. Memory is that of one call, in a process of its own.
 """
 
+WORST = 40
+BY_TURNS_EXPLANATION = f"""\
+`python -m benchmarks turns`: by turns in one process on the same arrays, or in two processes on equal ones, at least
+{turns.ROUNDS} turns each; medians. A group whose median is more than {turns.UNSTEADY} times its minimum, or whose threads lost
+the processor to other programs, was repeated, and is marked "unsteady" if it stayed so.
 
-def write(files, folder, memory=None, scaling=None, linear=None):
-    """Write report.md and its plots into `folder`; `memory`, `scaling`, `linear`: files of `python -m benchmarks`, or None."""
+Ours is `pyx_xent.torch` beside PyTorch's losses, the NumPy functions beside everybody else. A limit's figure is a share: its
+time over ours, less {limits.CALL * 1e6:.1f} µs for a Python call. Hand-written code (benchmarks/handwritten.c) is AVX-512 and
+has no options, no checks and no NaN. Each table has its {WORST} worst.
+"""
+
+
+def write(files, folder, memory=None, scaling=None, linear=None, by_turns=None):
+    """Write report.md and its plots into `folder`; the others are files of `python -m benchmarks`, or None."""
     machine, benchmarks = load(files)
     groups = results.groups(benchmarks)
     folder = Path(folder)
@@ -98,9 +110,17 @@ def write(files, folder, memory=None, scaling=None, linear=None):
         lines += ["# A linear layer and its loss", "", LINEAR_EXPLANATION]
         for heading, rows in linear_layer.groups(json.loads(Path(linear).read_text(encoding="utf-8"))).items():
             lines += [f"## {heading}", "", *markdown_table(linear_layer.HEADINGS, rows), ""]
+    if by_turns:
+        lines += ["# By turns", "", BY_TURNS_EXPLANATION, *by_turns_lines(json.loads(by_turns.read_text(encoding="utf-8")))]
     file = folder / "report.md"
     file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return file
+
+
+def by_turns_lines(records):
+    yield from (*markdown_table(turns.SUMMARY_HEADINGS, turns.summary(records)), "")
+    for row, some in turns.rows(records).items():
+        yield from (f"## {row}", "", *markdown_table(turns.HEADINGS, list(turns.table(some))[:WORST]), "")
 
 
 def axes(width=8, height=5):
@@ -136,12 +156,14 @@ def draw_classes(groups, file):
         rows_of_case, classes = info["shape"]
         if rows_of_case < 64:
             continue
-        for row in rows:
-            if row.name in FEW or (row.is_limit and not row.name.endswith(("1 thread", "in place"))):
-                name = "the machine's limit" if row.is_limit else row.name
-                points = series.setdefault(name, {})
-                if rows_of_case >= points.get(classes, (0, 0))[0]:  # the larger batch; of its limits the slowest, which is last
-                    points[classes] = rows_of_case, row.nanoseconds
+        shown = {row.name: row.nanoseconds for row in rows if row.name in FEW}
+        limits = {row.name: row.nanoseconds for row in rows if row.is_limit and not row.name.endswith(("1 thread", "in place"))}
+        if limits:
+            shown["the machine's limit"] = roofline.binding(limits)[1]
+        for name, nanoseconds in shown.items():
+            points = series.setdefault(name, {})
+            if rows_of_case >= points.get(classes, (0, 0))[0]:  # the larger batch
+                points[classes] = rows_of_case, nanoseconds
     if not series:
         return None
     figure, plot = axes()

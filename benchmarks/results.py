@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from . import roofline
 from .peers import OURS, REUSED
 
 HEADINGS = ("", "median", "min", "ns/element", "GB/s", "of the limit", "ratio")
@@ -22,7 +23,7 @@ class Row:
 
     def limits(self, other):
         """ "limit: in place" is of those that overwrite the logits; one for all threads is none for a single one."""
-        memory_fits = "exp" in self.name or ("in place" in self.name) == ("in place" in other.name)
+        memory_fits = "exp" in self.name or "by hand" in self.name or ("in place" in self.name) == ("in place" in other.name)
         return self.is_limit and not other.is_limit and memory_fits and self.info["threads"] == other.info["threads"]
 
     @property
@@ -37,7 +38,7 @@ class Row:
     def cells(self):
         return (
             self.name,
-            duration(self.median),
+            duration(self.median) + (" (unsteady)" if self.info.get("unsteady") else ""),
             duration(self.minimum),
             f"{self.nanoseconds:.3f}",
             f"{self.gigabytes:.1f}",
@@ -62,8 +63,8 @@ def groups(benchmarks):
         by_name = {row.name: row for row in rows}
         ours = by_name.get(REUSED) or by_name.get(OURS)
         for row in rows:
-            if own := [limit.median for limit in rows if limit.limits(row)]:
-                row.fraction = max(own) / row.median  # none of them can be beaten
+            if own := {limit.name: limit.median for limit in rows if limit.limits(row)}:
+                row.fraction = roofline.binding(own)[1] / row.median
             if ours:
                 row.ratio = row.median / ours.median
     return found

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from . import roofline
 from .cases import FORWARD, GRADIENT
 from .peers import OURS, REUSED, TORCH_OURS
 
@@ -86,3 +88,66 @@ def table(groups):
                 met = found >= wanted if figure.sign == "≥" else found <= wanted
                 target = f"{figure.sign} {figure.text.format(wanted)}"
                 yield case, f"{operation}, {name}: {figure.what}", target, figure.text.format(found), "" if met else "missed"
+
+
+# --- what `python -m benchmarks turns` is to find
+
+
+class Target(NamedTuple):
+    row: str  # of the table of figures
+    sign: str
+    wanted: float | None  # None: nothing was asked for
+
+
+BY_HAND = "hand-written / ours: short rows, few classes, planes, bfloat16"
+LONG_ROWS = "memory / ours: float32 beyond the caches"
+PROBABILITIES = "read two, write one / ours: class probabilities"
+DOUBLE = "slower of memory, arithmetic / ours: float64 beyond the caches"
+MANY_PLANES = "memory / ours: planes with 150 classes"
+OTHER_LIMITS = "limit / ours: without a target"
+LOSS = "PyTorch eager / ours: loss, and with its gradient"
+HALF = "PyTorch eager / ours: bfloat16, float16 1024x32000"
+SOFTMAX = Target("PyTorch / ours: softmax, log_softmax, their backwards", "≥", 1.0)
+OTHERS = Target("JAX, scikit-learn, torch.compile, Numba / ours", "≥", 1.5)
+OPTIONS = Target("label smoothing, class weights / plain: long rows", "≤", 1.05)
+FRESH = Target("fresh gradient / grad_out=", "≤", 1.15)
+CHANNELS_LAST = Target("channels_last / planes", "≤", 1.1)
+CALL = Target("older checkout / ours: one call, 64x10", "≥", 1 / 0.85)
+AVX2_SHORT = Target("older checkout / ours: avx2, short rows", "≥", 2.0)
+AVX2_LONG = Target("older checkout / ours: avx2, long rows", "≥", 1.0)
+BASELINE = Target("older checkout / ours: baseline, short rows", "≥", 1.3)
+CLANG = Target("clang's build / ours", "≤", 1.15)
+IMPORT = Target("import after NumPy, ms", "≤", 5.0)
+ROWS = [
+    getattr(one, "row", one)
+    for one in (
+        BY_HAND, LOSS, OTHERS, SOFTMAX, LONG_ROWS, OPTIONS, PROBABILITIES, HALF, DOUBLE, MANY_PLANES, FRESH, CHANNELS_LAST,
+        AVX2_SHORT, AVX2_LONG, BASELINE, CALL, CLANG, IMPORT, OTHER_LIMITS,
+    )
+]  # fmt: skip
+
+
+def of_limit(case, operation):
+    """(Target, beginnings of the names of the limits that it is told against)."""
+    memory = tuple(roofline.MEMORY)
+    if roofline.by_hand_kind(case) is not None:
+        return Target(BY_HAND, "≥", 0.75), (roofline.BY_HAND,)
+    if case.option == "soft" and operation != FORWARD:
+        return Target(PROBABILITIES, "≥", 0.80), memory
+    if not case.option and not roofline.in_cache(case):
+        if len(case.shape) > 2:
+            return Target(MANY_PLANES, "≥", 0.65), memory
+        if case.dtype == "float64":
+            return Target(DOUBLE, "≥", 0.80), ("limit",)
+        if case.dtype == "float32":
+            return Target(LONG_ROWS, "≥", 0.93 if operation == FORWARD else 0.90), memory
+    return Target(OTHER_LIMITS, "≥", None), ("limit",)
+
+
+def of_torch(case, seconds):
+    """Target for PyTorch's loss, in either setting of its allocator; `seconds` of our call."""
+    if case.shape == (1024, 32000) and case.dtype in ("bfloat16", "float16"):
+        return Target(HALF, "≥", 4.5)
+    if case.elements >= 128 * 100:
+        return Target(LOSS, "≥", 1.5)
+    return Target(LOSS, "≥", 0.95 if seconds < 30e-6 else 1.0)

@@ -23,7 +23,8 @@ def copy(folder):
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT, folder, ignore=unwanted)
-    shutil.copy(ROOT / "benchmarks/roofline.c", folder / "benchmarks")
+    for file in (ROOT / "benchmarks").glob("*.c"):
+        shutil.copy(file, folder / "benchmarks")
 
 
 def replace(file, old, new):
