@@ -171,12 +171,17 @@ def rows(records):
 SUMMARY_HEADINGS = ("row", "met", "unsteady", "median", "worst", "figure", "target")
 
 
+def unsteady(record):
+    return any(remark.startswith("unsteady") for remark in record["remarks"])
+
+
 def summary(records):
-    """Cells of each row of figures: how many are as wanted, and the worst."""
+    """Cells of each row of figures: how many are as wanted, how many are unsteady and so show nothing, and the worst."""
     for row, some in rows(records).items():
-        worst = min(some, key=margin)
+        steady = [one for one in some if not unsteady(one)]
+        worst = min(steady or some, key=margin)
         name = ", ".join(filter(None, (worst["case"], worst["operation"], worst["numerator"])))
         yield (
-            row, f"{sum(margin(one) >= 1 for one in some)} of {len(some)}", str(sum(bool(one["remarks"]) for one in some)),
-            written(statistics.median(one["figure"] for one in some)), name, written(worst["figure"]), wanted(worst),
+            row, f"{sum(margin(one) >= 1 for one in steady)} of {len(some)}", str(len(some) - len(steady)),
+            written(statistics.median(one["figure"] for one in steady or some)), name, written(worst["figure"]), wanted(worst),
         )  # fmt: skip

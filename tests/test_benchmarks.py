@@ -348,14 +348,15 @@ def made_up(row, sign, figure, wanted=1.0, **fields):
     }  # fmt: skip
 
 
-def test_summary_counts_what_is_met_and_names_the_worst():
+def test_summary_counts_steady_figures_that_meet_their_target_and_names_the_worst():
     records = [
-        made_up(targets.FRESH.row, "≤", 1.5, case="worst"), made_up(targets.FRESH.row, "≤", 0.9, remarks=["unsteady: 2.0"]),
+        made_up(targets.FRESH.row, "≤", 1.5, case="worst"), made_up(targets.FRESH.row, "≤", 0.9),
+        *(made_up(targets.FRESH.row, "≤", figure, remarks=["unsteady: 2.0"]) for figure in (0.8, 9)),
         made_up(targets.BY_HAND, "≥", 1.5), made_up(targets.OTHER_LIMITS, "≥", 0.1, wanted=None),
     ]  # fmt: skip
     by_hand, fresh, other = turns.summary(records)
     assert by_hand[:3] == (targets.BY_HAND, "1 of 1", "0")
-    assert fresh[:3] == (targets.FRESH.row, "1 of 2", "1")
+    assert fresh[:3] == (targets.FRESH.row, "1 of 4", "2")
     assert fresh[4].startswith("worst")
     assert other[1] == "1 of 1"
 
