@@ -14,6 +14,7 @@ Arrays die in any thread, at any time, also when the interpreter ends and in a c
 lock: a block belongs to whoever has exchanged it out of its slot.
 """
 
+import math
 import operator
 import os
 import sys
@@ -113,9 +114,10 @@ cdef Block* take(size_t size) noexcept:
         if size <= block.capacity <= size + size // 4:
             add(&kept, -<Py_ssize_t>block.capacity)
             return block
-        if not put_if_null(slot, block):         # another has come here meanwhile
+        if not put_if_null(slot, block):              # another has come here meanwhile
             add(&kept, -<Py_ssize_t>block.capacity)
             give_back(block)
+        shrink(load(&budget))                         # it may have been set since, without seeing this block
     return NULL
 
 
@@ -191,7 +193,10 @@ def empty(shape, dtype):
     """np.empty, 64-byte aligned; from LARGE bytes on in memory that is used again."""
     before = cnp.PyDataMem_GetHandler()
     if before is not default_handler:        # the application has one of its own, for reasons of its own
-        return np.empty(shape, dtype)
+        size = math.prod(shape) * dtype.itemsize
+        memory = np.empty(size + ALIGNMENT - 1, np.uint8)
+        begin = -memory.ctypes.data % ALIGNMENT
+        return memory[begin : begin + size].view(dtype).reshape(shape)
     cnp.PyDataMem_SetHandler(handler)
     try:
         return np.empty(shape, dtype)
@@ -200,7 +205,7 @@ def empty(shape, dtype):
 
 
 def empty_like(cnp.ndarray array, dtype):
-    """Likewise, with the axes in memory ordered as those of `array`."""
+    """Likewise, with the axes in memory ordered as those of `array`; no alignment promised on the application's handler."""
     before = cnp.PyDataMem_GetHandler()
     if before is not default_handler:
         return np.empty_like(array, dtype, subok=False)
@@ -266,6 +271,12 @@ def forget():
     shrink(0)
 
 
+def forget_after_fork():
+    # Its pages are the parent's until they are written: copying them costs more than clearing new ones. What other threads were
+    # about to put into the ring, or had just taken from it, is counted but not there, and will never be.
+    forget()
+    store(&kept, 0)
+
+
 if hasattr(os, "register_at_fork"):
-    # Its pages are the parent's until they are written: copying them costs more than clearing new ones.
-    os.register_at_fork(after_in_child=forget)
+    os.register_at_fork(after_in_child=forget_after_fork)

@@ -77,6 +77,7 @@ _ARRAY_DTYPES = {
 
 # Bytes. Smaller gradients are found again by PyTorch's allocator, and their storage can be resized.
 _LARGE = 1 << 22
+_BYTE = np.dtype(np.uint8)
 
 
 def _large_gradient(input):
@@ -85,7 +86,7 @@ def _large_gradient(input):
     if input.dtype not in _ARRAY_DTYPES or size < _LARGE:
         return None
     strides = torch.empty_like(input, device="meta").stride()
-    storage = torch.from_numpy(_memory.empty(size, np.uint8)).untyped_storage()  # which holds the array
+    storage = torch.from_numpy(_memory.empty((size,), _BYTE)).untyped_storage()  # which holds the array
     return torch.empty(0, dtype=input.dtype, device=_CPU).set_(storage, 0, input.shape, strides)
 
 

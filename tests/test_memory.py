@@ -1,6 +1,7 @@
 """Memory of large outputs that nobody holds any more is used again, and no other."""
 
 import ctypes
+import functools
 import gc
 import os
 import pickle
@@ -405,6 +406,47 @@ def test_one_budget_with_pytorch(gradient):
 
 
 # Handlers, processes, threads
+
+
+@functools.cache  # so that the handler outlives every array
+def _handlers():
+    """(set handler, get handler, one that is NumPy's under another identity, its memory): the C API of NEP 49."""
+    pointer, text, item, python = ctypes.c_void_p, ctypes.c_char_p, ctypes.py_object, ctypes.pythonapi
+    pointer_of = ctypes.PYFUNCTYPE(pointer, item, text)(("PyCapsule_GetPointer", python))
+    capsule_of = ctypes.PYFUNCTYPE(item, pointer, pointer, pointer)(("PyCapsule_New", python))
+    api = (pointer * 307).from_address(pointer_of(np._core.multiarray._ARRAY_API, None))
+    set_handler, get_handler = ctypes.PYFUNCTYPE(item, item)(api[304]), ctypes.PYFUNCTYPE(item)(api[305])
+    size = 128 + 5 * ctypes.sizeof(pointer)  # name and version; ctx and four functions
+    name = ctypes.create_string_buffer(b"mem_handler")
+    copied = ctypes.create_string_buffer(ctypes.string_at(pointer_of(get_handler(), name.value), size), size)
+    return set_handler, get_handler, capsule_of(ctypes.addressof(copied), ctypes.addressof(name), None), (name, copied)
+
+
+@pytest.fixture
+def applications_handler():
+    set_handler, get_handler, handler, _ = _handlers()
+    before = set_handler(handler)
+    yield lambda: get_handler() is handler
+    set_handler(before)
+
+
+def test_the_handler_of_an_application_stays_and_gets_the_outputs(gradient, applications_handler):
+    for _ in range(3):
+        gradient()
+    assert applications_handler()
+    assert _memory.kept_bytes() == 0
+    for shape in [(), (3, 5), (600, 1001)]:  # products of matrices depend on where they begin
+        array = _memory.empty(shape, np.dtype(np.float64))
+        assert (array.shape, array.dtype, place_of(array) % 64) == (shape, np.float64, 0)
+
+
+def test_our_handler_is_set_for_our_outputs_alone(gradient):
+    gradient()
+    before = _memory.kept_bytes()
+    other = np.empty((ROWS, CLASSES), np.float32)
+    assert _memory.kept_bytes() == before
+    del other
+    assert _memory.kept_bytes() == before
 
 
 def test_tracemalloc_sees_who_holds_memory(gradient):
