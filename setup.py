@@ -79,6 +79,7 @@ class BuildKernels(build_ext):
             extension.extra_link_args += link_openmp + (STRICT_FLAGS[kind] if kind == "unix" else [])
             if "._kernels." in extension.name:
                 extension.extra_compile_args += KERNEL_FLAGS[kind] + ISA_FLAGS[_isas["of_module"](extension.name)][kind]
+        self.parallel = self.parallel or os.cpu_count()  # a kernel module takes ten seconds
         super().build_extensions()
 
     def refuse_other_arithmetic(self):

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
+import pyx_xent
 from benchmarks import (
     against_torch,
     answers,
@@ -36,6 +37,17 @@ ROOT = Path(__file__).parents[1]
 TINY = {2: (6, 23), 4: (2, 5, 3, 4)}
 SLOW = ("torch", "JAX", "Numba")  # seconds to load or to compile; test_benchmarks_run and `make bench` have them
 PROBLEMS = {(len(case.shape), case.dtype, case.option, case.layout): case for case in cases.CASES}.values()
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """A measurement sets numbers of threads for its process, which here is that of other tests too."""
+    torch = sys.modules.get("torch")
+    before = torch and torch.get_num_threads()
+    yield
+    pyx_xent.set_num_threads(None)
+    if torch:
+        torch.set_num_threads(before)
 
 
 def tiny(case):
