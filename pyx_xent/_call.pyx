@@ -100,10 +100,14 @@ cdef class Call:
         """The reduced loss: a NumPy scalar, an array for reduction "none", or `out`."""
         cdef Environment environment = enter_environment()
         try:
-            if self.reduction == NONE:
-                result = rounded(self.losses, self.loss_dtype).reshape(loss_shape(self))[()]
-            else:
+            if self.reduction != NONE:
                 result = rounded_scalar(reduced(self), self.loss_dtype)
+            elif cnp.PyArray_NDIM(self.logits) == 1:
+                result = rounded_scalar(self.problem.loss[0], self.loss_dtype)
+            else:
+                result = rounded(self.losses, self.loss_dtype)
+                if cnp.PyArray_NDIM(self.logits) != 2:
+                    result = result.reshape(loss_shape(self))
         finally:
             leave_environment(environment, NULL)
         if self.out is None:

@@ -119,7 +119,7 @@ cdef inline real lane_of(vec lanes, Py_ssize_t lane) noexcept nogil:
 
 
 cdef enum:
-    GUESSED_FROM = 64             # logits at the start of a segment
+    GUESSED_FROM = LANES          # logits at the start of a segment
     GUESS_IS_NEAR = 40            # powers of two; the sum of 2048 numbers that are so much larger than ROOM allows for is finite
 
 

@@ -383,18 +383,18 @@ INLINE v_real v_fold_max(vec x) {
 #elif defined(__AVX512F__) && !PYX_XENT_PLAIN_C
   return _mm512_reduce_max_ps((__m512)x.a);
 #else
-  v_real lanes[LANES], most;
-  int l, count = LANES;
+  v_real lanes[LANES];
+  int l, half = LANES / 2;
 #if PYX_XENT_PLAIN_C
   memcpy(lanes, &x, sizeof(x));
 #else
   const v_reg together = V_TREE(MAX, x);
-  count = REGISTER_BYTES / sizeof(v_real);
+  half = REGISTER_BYTES / sizeof(v_real) / 2;
   *(v_reg_u *)lanes = together;
 #endif
-  most = lanes[0];
-  for (l = 1; l < count; l++) most = lanes[l] > most ? lanes[l] : most;
-  return most;
+  for (; half > 0; half /= 2)
+    for (l = 0; l < half; l++) lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
+  return lanes[0];
 #endif
 }
 INLINE double d_fold_add(doubles x) {
