@@ -77,21 +77,18 @@ cdef Py_ssize_t position_of(const real* x, Py_ssize_t size, real value) noexcept
     return -1
 
 
-cdef Coefficients coefficients_of(const Problem* p, const real* other, Py_ssize_t start) noexcept nogil:
+cdef Coefficients coefficients_from(const Problem* p, const real* other, Py_ssize_t start) noexcept nogil:
     # Of the classes from `start` on.
-    cdef Coefficients k
-    k.weight = <const real*>p.options.weight + start if p.options.weight != NULL else NULL
-    k.probabilities = other + start if p.target == NULL else NULL
-    k.keep = 1.0 - p.options.label_smoothing
-    k.spread = p.options.label_smoothing / p.classes
-    return k
+    return coefficients_of(
+        p, <const real*>p.options.weight + start if p.options.weight != NULL else NULL, other + start if p.target == NULL else NULL
+    )
 
 
 cdef RowTerm row_class_term(
     const Problem* p, const Batch* b, int l, Py_ssize_t start, Py_ssize_t size,
     real maximum, Py_ssize_t target,          # in   of these classes; the target, counted from the row's first, or -1
 ) noexcept nogil:
-    cdef Coefficients k = coefficients_of(p, b.other[l], start)
+    cdef Coefficients k = coefficients_from(p, b.other[l], start)
     cdef vec m = finite(v_set(maximum))
     cdef Term sums
     cdef RowTerm row
@@ -107,7 +104,7 @@ cdef RowTerm row_class_term(
     row.mass = fold(sums.mass)
     if target >= 0:
         start = target - target % LANES            # the same vector, hence the same bits, as in the sum and in the gradient
-        k = coefficients_of(p, b.other[l], start)
+        k = coefficients_from(p, b.other[l], start)
         row.target_mass = lane_of(coefficient(k, 0, p.classes - start), target - start)
     return row
 
@@ -313,7 +310,7 @@ cdef void other_entries(const Problem* p, const Batch* b, int l, Py_ssize_t star
     e.scale = v_set(r.scale[l])
     e.unit = v_set(r.unit[l])
     e.units = units_of(exponent_of(v_set(r.maximum[l])), 0)
-    entries(&e, size, b.out[l] + start, stream)
+    entries(e, size, b.out[l] + start, stream)
 
 
 cdef void class_term_entries(
@@ -326,7 +323,7 @@ cdef void class_term_entries(
     e.coefficients = coefficients
     e.scale = v_set(scale)
     e.unit = v_set(unit)
-    entries(&e, size, out, stream)
+    entries(e, size, out, stream)
 
 
 cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segment, real* discarded) noexcept nogil:
@@ -358,7 +355,7 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     if power != 1:
         multiplied(cached, size, <real>power)
     if has_class_term(p):
-        class_term_entries(cached, coefficients_of(p, b.other[l], start), size, <real>scale, r.unit[l], out, stream)
+        class_term_entries(cached, coefficients_from(p, b.other[l], start), size, <real>scale, r.unit[l], out, stream)
     else:
         scaled(cached, size, v_set(<real>scale), out, stream)
 

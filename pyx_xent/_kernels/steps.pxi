@@ -178,6 +178,17 @@ cdef struct Coefficients:
     const real* weight            # NULL: 1
     const real* probabilities     # NULL: q' = 1
     double keep, spread
+    bint as_given                 # w q' is q
+
+
+cdef Coefficients coefficients_of(const Problem* p, const real* weight, const real* probabilities) noexcept nogil:
+    cdef Coefficients k
+    k.weight = weight
+    k.probabilities = probabilities
+    k.keep = 1.0 - p.options.label_smoothing
+    k.spread = p.options.label_smoothing / p.classes
+    k.as_given = weight == NULL and p.options.label_smoothing == 0
+    return k
 
 
 cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
@@ -185,7 +196,7 @@ cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexc
     cdef doubles q
     if k.probabilities == NULL:
         return at(k.weight, i, size, 0)
-    if k.weight == NULL and k.keep == 1 and k.spread == 0:
+    if k.as_given:
         return at(k.probabilities, i, size, 0)
     q = d_fma(d_set(k.keep), v_to_doubles(at(k.probabilities, i, size, 0)), d_set(k.spread))
     if k.weight != NULL:
@@ -193,66 +204,71 @@ cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexc
     return v_from_doubles(q)
 
 
+cdef inline vec distance(const real* x, const real* weight, Py_ssize_t i, vec m) noexcept nogil:
+    cdef vec below = v_sub(m, v_load(x + i))
+    return below if weight == NULL else v_mul(v_load(weight + i), below)
+
+
 cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:
     # -> the sum of w (m - x) in each lane; weight NULL: 1. m stands for what is beyond `size` (of a row, whose lanes are alike)
     cdef doubles total = d_set(0.0), lost = total
-    cdef vec a, b
-    cdef Py_ssize_t i = 0, end
-    while i < size:
-        a = v_set(0)
-        b = a
-        end = min(i + GROUP * LANES, size)
-        if weight != NULL:
-            while i + LANES <= end:
-                a = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), a)
-                i += LANES
-            if i < end:
-                a = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), a)
-                i += LANES
-        else:
-            while i + 2 * LANES <= end:       # two at a time, because each addition waits for the one before
-                a = v_add(a, v_sub(lanes_m, v_load(x + i)))
-                b = v_add(b, v_sub(lanes_m, v_load(x + i + LANES)))
-                i += 2 * LANES
-            while i < end:
-                a = v_add(a, v_sub(lanes_m, at(x, i, size, m)))
-                i += LANES
-            a = v_add(a, b)
-        total = accumulate(total, v_to_doubles(a), &lost)
-    return total
+    cdef vec a, b, c, d
+    cdef Py_ssize_t i = 0
+    while i + GROUP * LANES <= size:
+        a = v_add(distance(x, weight, i, lanes_m), distance(x, weight, i + LANES, lanes_m))
+        b = v_add(distance(x, weight, i + 2 * LANES, lanes_m), distance(x, weight, i + 3 * LANES, lanes_m))
+        c = v_add(distance(x, weight, i + 4 * LANES, lanes_m), distance(x, weight, i + 5 * LANES, lanes_m))
+        d = v_add(distance(x, weight, i + 6 * LANES, lanes_m), distance(x, weight, i + 7 * LANES, lanes_m))
+        total = accumulate(total, v_to_doubles(v_add(v_add(a, b), v_add(c, d))), &lost)
+        i += GROUP * LANES
+    a = v_set(0)
+    while i + LANES <= size:
+        a = v_add(a, distance(x, weight, i, lanes_m))
+        i += LANES
+    if i < size:
+        b = v_sub(lanes_m, at(x, i, size, m))
+        a = v_add(a, b if weight == NULL else v_mul(at(weight, i, size, 0), b))
+    return accumulate(total, v_to_doubles(a), &lost)
 
 
 cdef struct Term:
     doubles term                  # the sum of w q' (m - x)
     doubles mass                  # the sum of w q'
+    doubles lost_term             # of these sums, see accumulate
+    doubles lost_mass
+
+
+cdef inline void add_class_term(Term* sums, vec c, vec x, vec m) noexcept nogil:
+    # In double from the start: one probability near 1 must not cost the others their digits. 0 * inf is 0 here: 0 log 0 = 0.
+    cdef doubles mass = v_to_doubles(c), term = d_mul(mass, d_sub(v_to_doubles(m), v_to_doubles(x)))
+    term = d_select(d_equal(mass, d_set(0.0)), mass, term)
+    sums.term = accumulate(sums.term, term, &sums.lost_term)
+    sums.mass = accumulate(sums.mass, mass, &sums.lost_mass)
 
 
 cdef Term class_term(
     const real* x, Coefficients k, Py_ssize_t size, vec m,
     Py_ssize_t target,                        # in   of a row: the class that is left out; -1: none
 ) noexcept nogil:
-    # In double from the start: one probability near 1 must not cost the others their digits. 0 * inf is 0 here: 0 log 0 = 0.
-    cdef doubles lost_term = d_set(0.0), lost_mass = lost_term, wide, product
     cdef Term sums
-    cdef real copy[LANES]
-    cdef vec c
-    cdef Py_ssize_t i = 0, l
-    sums.term = lost_term
-    sums.mass = lost_term
+    cdef const real* ahead = (k.probabilities if k.probabilities != NULL else k.weight) + SEGMENT      # as in exponentials
+    cdef real left[LANES]
+    cdef Py_ssize_t i = 0, l, end
+    sums.term = sums.mass = sums.lost_term = sums.lost_mass = d_set(0.0)
     while i < size:
-        c = coefficient(k, i, size)
-        if <size_t>(target - i) < <size_t>LANES or i + LANES > size:
-            v_store(copy, c)
+        # Up to the target's vector, and then from there on.
+        end = target // LANES * LANES if i <= target else size // LANES * LANES
+        while i < end:
+            v_prefetch(ahead + i)
+            add_class_term(&sums, coefficient(k, i, size), v_load(x + i), m)
+            i += LANES
+        if i < size:
+            v_store(left, coefficient(k, i, size))
             for l in range(LANES):
                 if i + l == target or i + l >= size:
-                    copy[l] = 0
-            c = v_load(copy)
-        wide = v_to_doubles(c)
-        product = d_mul(wide, d_sub(v_to_doubles(m), v_to_doubles(at(x, i, size, 0))))
-        product = d_select(d_equal(wide, d_set(0.0)), wide, product)
-        sums.term = accumulate(sums.term, product, &lost_term)
-        sums.mass = accumulate(sums.mass, wide, &lost_mass)
-        i += LANES
+                    left[l] = 0
+            add_class_term(&sums, v_load(left), at(x, i, size, 0), m)
+            i += LANES
     return sums
 
 
@@ -295,7 +311,7 @@ cdef struct Entries:
     vec unit
 
 
-cdef inline vec entry(const Entries* e, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
+cdef inline vec entry(Entries e, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
     cdef vec x = at(e.x, i, size, 0), unit = e.unit
     if e.operation == CROSS_ENTROPY:
         if e.coefficients.weight != NULL or e.coefficients.probabilities != NULL:
@@ -308,7 +324,7 @@ cdef inline vec entry(const Entries* e, Py_ssize_t i, Py_ssize_t size) noexcept 
     return v_fma(v_sub(v_set(0), e.scale), exp_in(e.units, x), at(e.y, i, size, 0))
 
 
-cdef void entries(const Entries* e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
+cdef void entries(Entries e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
     # out may be e.x or e.y
     cdef Py_ssize_t i = to_line(out, size) if stream else 0
     if i > 0:

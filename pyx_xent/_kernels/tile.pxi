@@ -91,19 +91,16 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
     if p.target != NULL:
         d_store(r.term, distances(x, panel.weight, size, 0, m))
         return
-    k.weight = panel.weight
-    k.probabilities = other
-    k.keep = 1.0 - p.options.label_smoothing
-    k.spread = p.options.label_smoothing / p.classes
-    for c from 0 <= c < size by LANES:
-        v_store(other + c, coefficient(k, c, size))
+    k = coefficients_of(p, panel.weight, other)
+    if not k.as_given:
+        for c from 0 <= c < size by LANES:
+            v_store(other + c, coefficient(k, c, size))
     for l in range(LANES):
         r.target_mass[l] = 0
         if r.live[l] and r.target[l] >= 0:
             r.target_mass[l] = other[r.target[l] * LANES + l]
             other[r.target[l] * LANES + l] = 0
-    k.weight = other
-    k.probabilities = NULL
+    k.weight, k.probabilities = other, NULL
     sums = class_term(x, k, size, m, -1)
     d_store(r.term, sums.term)
     d_store(r.mass, sums.mass)
@@ -136,7 +133,7 @@ cdef void tile_gradient(const Problem* p, const Panel* panel, real* x, const rea
         e.coefficients.probabilities = NULL
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
-        entries(&e, size, x, False)
+        entries(e, size, x, False)
     else:
         scaled(x, size, v_load(r.scale), x, False)
 
@@ -209,7 +206,7 @@ cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexce
         e.units = units_of(exponent_of(v_load(r.maximum)), 0)
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
-        entries(&e, size, panel.x + t * size, False)
+        entries(e, size, panel.x + t * size, False)
         tile_finished(p, panel.x + t * size, r)
 
 
