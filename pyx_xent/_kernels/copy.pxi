@@ -1,8 +1,8 @@
 # The only place that knows how numbers lie in memory: strides and half types, on the way in and out.
 #
 # A tile is (classes, LANES): class by class, a row in each lane. Rows are (rows, stride): the classes of a row side by side.
-# Contiguous rows become a tile, and planes become rows, by transposing LANES x LANES numbers in registers; what has neither
-# stride 1 goes number by number.
+# Contiguous rows become a tile, and planes become rows, by transposing in registers; what has neither stride 1 goes number by
+# number.
 
 
 cdef inline Py_ssize_t size_of(Storage storage) noexcept nogil:
@@ -101,19 +101,20 @@ cdef void runs_in(
     Py_ssize_t count, Py_ssize_t size,
     real* to, Py_ssize_t to_stride,                            # out  (count, size)
 ) noexcept nogil:
-    # The memory behind each run is asked for, because planes are read run after run.
-    cdef Py_ssize_t k, i
-    cdef const real* x
+    # The memory behind each run is asked for, because planes are read run after run. A run's last vector is whole, too: reading
+    # some numbers twice takes less time than reading less than a vector.
+    cdef Py_ssize_t k, i, start
     for k in range(count):
+        start = k * stride
         i = 0
-        if storage == own_storage():
-            x = (<const real*>data) + k * stride
-            while i + LANES <= size:
-                v_prefetch(x + size + i)
-                v_store(to + k * to_stride + i, v_load(x + i))
-                i += LANES
-        for i from i <= i < size by LANES:
-            v_store_first(to + k * to_stride + i, load(data, k * stride + i, storage, lanes_left(size, i)), lanes_left(size, i))
+        while i + LANES <= size:
+            v_prefetch(data + (start + size + i) * size_of(storage))
+            v_store(to + k * to_stride + i, load(data, start + i, storage, LANES))
+            i += LANES
+        if i < size and size >= LANES:
+            v_store(to + k * to_stride + size - LANES, load(data, start + size - LANES, storage, LANES))
+        elif i < size:
+            v_store_first(to + k * to_stride, load(data, start, storage, <int>size), <int>size)
 
 
 cdef void runs_out(
@@ -122,15 +123,68 @@ cdef void runs_out(
     char* data, Storage storage, Py_ssize_t stride,            # out  (count, size)
     bint stream,
 ) noexcept nogil:
-    cdef Py_ssize_t k, i
+    cdef Py_ssize_t k, i, start
+    cdef const real* x
     stream = stream and storage == own_storage() and (<uintptr_t>data | <size_t>(stride * sizeof(real))) % 64 == 0
     for k in range(count):
+        x = source + k * source_stride
+        start = k * stride
         i = 0
-        while stream and i + LANES <= size:
-            v_stream((<real*>data) + k * stride + i, v_load(source + k * source_stride + i))
-            i += LANES
-        for i from i <= i < size by LANES:
-            store(data, k * stride + i, storage, at(source + k * source_stride, i, size, 0), lanes_left(size, i))
+        if stream:
+            while i + LANES <= size:
+                v_stream((<real*>data) + start + i, v_load(x + i))
+                i += LANES
+        else:
+            while i + LANES <= size:
+                store(data, start + i, storage, v_load(x + i), LANES)
+                i += LANES
+        if i < size and size >= LANES and not stream:
+            store(data, start + size - LANES, storage, v_load(x + size - LANES), LANES)
+        elif i < size:
+            store(data, start + i, storage, at(x, i, size, 0), <int>(size - i))
+
+
+cdef inline void columns_in(const real* x, Py_ssize_t stride, int width, real* to, Py_ssize_t to_stride, int runs) noexcept nogil:
+    cdef vec column[UNIT]
+    cdef int c
+    v_load_columns(x, stride, width, column)
+    for c in range(width):
+        if runs == LANES:
+            v_store(to + c * to_stride, column[c])
+        else:
+            v_store_first(to + c * to_stride, column[c], runs)
+
+
+cdef inline void columns_out(const real* source, Py_ssize_t stride, int runs, real* x, Py_ssize_t x_stride, int width) noexcept nogil:
+    cdef vec column[UNIT]
+    cdef int c
+    for c in range(UNIT):
+        column[c] = at(source + c * stride, 0, runs, 0) if c < width else v_set(0)
+    v_store_columns(x, x_stride, width, column)
+
+
+cdef inline void tile_in(
+    const real* x, Py_ssize_t stride, Py_ssize_t size,         # in   (LANES, size), `stride` numbers from run to run
+    real* to, Py_ssize_t to_stride, int runs,                  # out  (size, runs)
+) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i + UNIT <= size:
+        columns_in(x + i, stride, UNIT, to + i * to_stride, to_stride, runs)
+        i += UNIT
+    if i < size:
+        columns_in(x + i, stride, <int>(size - i), to + i * to_stride, to_stride, runs)
+
+
+cdef inline void tile_out(
+    const real* source, Py_ssize_t source_stride, int runs,    # in   (size, runs)
+    real* x, Py_ssize_t stride, Py_ssize_t size,               # out  (LANES, size); what is in runs beyond means nothing
+) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i + UNIT <= size:
+        columns_out(source + i * source_stride, source_stride, runs, x + i, stride, UNIT)
+        i += UNIT
+    if i < size:
+        columns_out(source + i * source_stride, source_stride, runs, x + i, stride, <int>(size - i))
 
 
 cdef void transposed_in(
@@ -138,31 +192,23 @@ cdef void transposed_in(
     Py_ssize_t count, Py_ssize_t size,
     real* to, Py_ssize_t to_stride,                            # out  (size, count)
 ) noexcept nogil:
-    cdef const real* x
-    cdef vec square[LANES]
+    cdef real runs[LANES * FEW_CLASSES]
     cdef Py_ssize_t k, i
-    cdef int runs, width, l
+    cdef int width, l
     for k from 0 <= k < count by LANES:
-        runs = lanes_left(count, k)
+        if storage == own_storage() and k + LANES <= count:
+            tile_in((<const real*>data) + k * stride, stride, size, to + k, to_stride, LANES)
+            continue
+        if stride == size <= FEW_CLASSES and k + LANES <= count:     # one run, of whole vectors
+            for i from 0 <= i < LANES * size by LANES:
+                v_store(runs + i, load(data, k * stride + i, storage, LANES))
+            tile_in(runs, size, size, to + k, to_stride, LANES)
+            continue
         for i from 0 <= i < size by LANES:
             width = lanes_left(size, i)
-            x = (<const real*>data) + k * stride + i
-            if storage == own_storage() and runs == LANES and width == LANES:
-                for l in range(LANES):
-                    square[l] = v_load(x + l * stride)
-            elif storage == own_storage() and runs == LANES:
-                for l in range(LANES):
-                    square[l] = v_load_first(x + l * stride, width, 0)
-            else:
-                for l in range(LANES):
-                    square[l] = load(data, (k + l) * stride + i, storage, width) if l < runs else v_set(0)
-            v_transpose(square)
-            if runs == LANES:
-                for l in range(width):
-                    v_store(to + (i + l) * to_stride + k, square[l])
-            else:
-                for l in range(width):
-                    v_store_first(to + (i + l) * to_stride + k, square[l], runs)
+            for l in range(LANES):
+                v_store(runs + l * LANES, load(data, (k + l) * stride + i, storage, width) if k + l < count else v_set(0))
+            tile_in(runs, LANES, width, to + i * to_stride + k, to_stride, lanes_left(count, k))
 
 
 cdef void transposed_out(
@@ -170,33 +216,23 @@ cdef void transposed_out(
     Py_ssize_t count, Py_ssize_t size,
     char* data, Storage storage, Py_ssize_t stride,            # out  (count, size)
 ) noexcept nogil:
-    cdef real* x
-    cdef vec square[LANES]
+    cdef real runs[LANES * FEW_CLASSES]
     cdef Py_ssize_t k, i
-    cdef int runs, width, l
+    cdef int l, width
     for k from 0 <= k < count by LANES:
-        runs = lanes_left(count, k)
+        if storage == own_storage() and k + LANES <= count:
+            tile_out(source + k, source_stride, LANES, (<real*>data) + k * stride, stride, size)
+            continue
+        if stride == size <= FEW_CLASSES and k + LANES <= count:
+            tile_out(source + k, source_stride, LANES, runs, size, size)
+            for i from 0 <= i < LANES * size by LANES:
+                store(data, k * stride + i, storage, v_load(runs + i), LANES)
+            continue
         for i from 0 <= i < size by LANES:
             width = lanes_left(size, i)
-            if runs == LANES:
-                for l in range(width):
-                    square[l] = v_load(source + (i + l) * source_stride + k)
-                for l in range(width, LANES):
-                    square[l] = v_set(0)
-            else:
-                for l in range(LANES):
-                    square[l] = at(source + (i + l) * source_stride + k, 0, runs, 0) if l < width else v_set(0)
-            v_transpose(square)
-            x = (<real*>data) + k * stride + i
-            if storage == own_storage() and width == LANES:
-                for l in range(runs):
-                    v_store(x + l * stride, square[l])
-            elif storage == own_storage():
-                for l in range(runs):
-                    v_store_first(x + l * stride, square[l], width)
-            else:
-                for l in range(runs):
-                    store(data, (k + l) * stride + i, storage, square[l], width)
+            tile_out(source + i * source_stride + k, source_stride, lanes_left(count, k), runs, LANES, width)
+            for l in range(lanes_left(count, k)):
+                store(data, (k + l) * stride + i, storage, v_load(runs + l * LANES), width)
 
 
 # Rows: `rows` neighbouring positions of one outer

@@ -232,23 +232,26 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
     cdef Rows* r = &b.rows
     cdef Py_ssize_t classes = p.classes, stride = (classes + LANES - 1) // LANES * LANES
     cdef bint soft = p.target == NULL
-    cdef vec square[LANES]
+    cdef real maxima[LANES * LANES]           # (rows, LANES)
+    cdef vec column[UNIT]
     cdef vec m = v_set(0)
     cdef Units units
     cdef real low[LANES]
     cdef real round_by[LANES]
     cdef RowTerm row
-    cdef int l
+    cdef int l, c
     for l in range(LANES):
-        square[l] = m
+        m = v_set(0)
         if r.live[l] and p.have_state:
             take_state(p, b, l)
-            square[l] = v_set(r.maximum[l])
+            m = v_set(r.maximum[l])
         elif r.live[l]:
-            square[l] = maximum(b.x[l], classes)
-    v_transpose(square)
-    for l in range(LANES):
-        m = square[0] if l == 0 else v_max(m, square[l])
+            m = maximum(b.x[l], classes)
+        v_store(maxima + l * LANES, m)
+    for l from 0 <= l < LANES by UNIT:
+        v_load_columns(maxima + l, LANES, UNIT, column)
+        for c in range(UNIT):
+            m = column[c] if l + c == 0 else v_max(m, column[c])
     v_store(r.maximum, m)
     m = v_max(m, v_sub(v_set(0), m))
     if v_any(v_equal(v_max(v_set(largest_logit()), m), m)):

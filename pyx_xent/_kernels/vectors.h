@@ -413,17 +413,54 @@ INLINE double d_fold_add(doubles x) {
   return lanes[0];
 }
 
-/* r[i] lane j becomes r[j] lane i. A register is split into units of 128 bits (4 floats or 2 doubles): squares of that size are
-   transposed within the units, then the units change places, then whole registers do. */
+/* Rows of memory to and from columns: column c holds number c of LANES rows that are `stride` numbers apart. It goes by UNIT rows
+   and columns, which are UNIT pieces of 128 bits (4 floats or 2 doubles): these become the same 128 bits of a register each, and
+   are transposed there. `width`, of the rows: at most UNIT; no memory is touched beyond. */
+enum { UNIT = 16 / sizeof(v_real) };
 #if PYX_XENT_PLAIN_C
-INLINE void v_transpose(vec *r) {
-  vec t[LANES];
-  int i, j;
-  memcpy(t, r, sizeof(t));
-  for (i = 0; i < LANES; i++)
-    for (j = 0; j < LANES; j++) r[i].v[j] = t[j].v[i];
+INLINE void v_load_columns(const v_real *x, ptrdiff_t stride, int width, vec *columns) {
+  int l, c;
+  for (l = 0; l < LANES; l++)
+    for (c = 0; c < UNIT; c++) columns[c].v[l] = c < width ? x[l * stride + c] : 0;
+}
+INLINE void v_store_columns(v_real *x, ptrdiff_t stride, int width, const vec *columns) {
+  int l, c;
+  for (l = 0; l < LANES; l++)
+    for (c = 0; c < width; c++) x[l * stride + c] = columns[c].v[l];
 }
 #else
+typedef v_real v_unit __attribute__((vector_size(16)));
+typedef v_real v_unit_u __attribute__((vector_size(16), aligned(sizeof(v_real)), may_alias));
+INLINE v_unit load_unit(const v_real *x, int width) {
+  if (width == UNIT) return *(const v_unit_u *)x;
+#if defined(__AVX512VL__) && PYX_XENT_DOUBLE
+  return (v_unit)_mm_maskz_loadu_pd((__mmask8)((1 << width) - 1), x);
+#elif defined(__AVX512VL__)
+  return (v_unit)_mm_maskz_loadu_ps((__mmask8)((1 << width) - 1), x);
+#elif PYX_XENT_DOUBLE
+  return (v_unit){x[0], 0};
+#else
+  return width == 1 ? (v_unit){x[0], 0, 0, 0} : (v_unit){x[0], x[1], width == 3 ? x[2] : 0, 0};
+#endif
+}
+INLINE void store_unit(v_real *x, int width, v_unit unit) {
+  if (width == UNIT) {
+    *(v_unit_u *)x = unit;
+    return;
+  }
+#if defined(__AVX512VL__) && PYX_XENT_DOUBLE
+  _mm_mask_storeu_pd(x, (__mmask8)((1 << width) - 1), (__m128d)unit);
+#elif defined(__AVX512VL__)
+  _mm_mask_storeu_ps(x, (__mmask8)((1 << width) - 1), (__m128)unit);
+#else
+  x[0] = unit[0];
+#if !PYX_XENT_DOUBLE
+  if (width > 1) x[1] = unit[1];
+  if (width > 2) x[2] = unit[2];
+#endif
+#endif
+}
+/* One register: piece u is of row UNIT u. */
 #if defined(__AVX512F__)
 #define PS(x) ((__m512)(x))
 #define PD(x) ((__m512d)(x))
@@ -431,9 +468,18 @@ INLINE void v_transpose(vec *r) {
 #define ZIP_1_HIGH(x, y) ((v_reg)_mm512_unpackhi_ps(PS(x), PS(y)))
 #define ZIP_2_LOW(x, y) ((v_reg)_mm512_unpacklo_pd(PD(x), PD(y)))
 #define ZIP_2_HIGH(x, y) ((v_reg)_mm512_unpackhi_pd(PD(x), PD(y)))
-#define UNITS 4
-#define UNITS_EVEN(x, y) ((v_reg)_mm512_shuffle_f32x4(PS(x), PS(y), 0x88))
-#define UNITS_ODD(x, y) ((v_reg)_mm512_shuffle_f32x4(PS(x), PS(y), 0xdd))
+INLINE v_reg load_units(const v_real *x, ptrdiff_t stride, int width) {
+  __m512 r = _mm512_castps128_ps512((__m128)load_unit(x, width));
+  r = _mm512_insertf32x4(r, (__m128)load_unit(x + UNIT * stride, width), 1);
+  r = _mm512_insertf32x4(r, (__m128)load_unit(x + 2 * UNIT * stride, width), 2);
+  return (v_reg)_mm512_insertf32x4(r, (__m128)load_unit(x + 3 * UNIT * stride, width), 3);
+}
+INLINE void store_units(v_real *x, ptrdiff_t stride, int width, v_reg r) {
+  store_unit(x, width, (v_unit)_mm512_castps512_ps128((__m512)r));
+  store_unit(x + UNIT * stride, width, (v_unit)_mm512_extractf32x4_ps((__m512)r, 1));
+  store_unit(x + 2 * UNIT * stride, width, (v_unit)_mm512_extractf32x4_ps((__m512)r, 2));
+  store_unit(x + 3 * UNIT * stride, width, (v_unit)_mm512_extractf32x4_ps((__m512)r, 3));
+}
 #elif defined(__AVX__)
 #define PS(x) ((__m256)(x))
 #define PD(x) ((__m256d)(x))
@@ -441,17 +487,22 @@ INLINE void v_transpose(vec *r) {
 #define ZIP_1_HIGH(x, y) ((v_reg)_mm256_unpackhi_ps(PS(x), PS(y)))
 #define ZIP_2_LOW(x, y) ((v_reg)_mm256_unpacklo_pd(PD(x), PD(y)))
 #define ZIP_2_HIGH(x, y) ((v_reg)_mm256_unpackhi_pd(PD(x), PD(y)))
-#define UNITS 2
-#define UNITS_EVEN(x, y) ((v_reg)_mm256_permute2f128_ps(PS(x), PS(y), 0x20))
-#define UNITS_ODD(x, y) ((v_reg)_mm256_permute2f128_ps(PS(x), PS(y), 0x31))
-#elif defined(__SSE2__)
+INLINE v_reg load_units(const v_real *x, ptrdiff_t stride, int width) {
+  const __m256 r = _mm256_castps128_ps256((__m128)load_unit(x, width));
+  return (v_reg)_mm256_insertf128_ps(r, (__m128)load_unit(x + UNIT * stride, width), 1);
+}
+INLINE void store_units(v_real *x, ptrdiff_t stride, int width, v_reg r) {
+  store_unit(x, width, (v_unit)_mm256_castps256_ps128((__m256)r));
+  store_unit(x + UNIT * stride, width, (v_unit)_mm256_extractf128_ps((__m256)r, 1));
+}
+#else
+#if defined(__SSE2__)
 #define PS(x) ((__m128)(x))
 #define PD(x) ((__m128d)(x))
 #define ZIP_1_LOW(x, y) ((v_reg)_mm_unpacklo_ps(PS(x), PS(y)))
 #define ZIP_1_HIGH(x, y) ((v_reg)_mm_unpackhi_ps(PS(x), PS(y)))
 #define ZIP_2_LOW(x, y) ((v_reg)_mm_unpacklo_pd(PD(x), PD(y)))
 #define ZIP_2_HIGH(x, y) ((v_reg)_mm_unpackhi_pd(PD(x), PD(y)))
-#define UNITS 1
 #else
 #define PS(x) ((float32x4_t)(x))
 #define PD(x) ((float64x2_t)(x))
@@ -459,52 +510,39 @@ INLINE void v_transpose(vec *r) {
 #define ZIP_1_HIGH(x, y) ((v_reg)vzip2q_f32(PS(x), PS(y)))
 #define ZIP_2_LOW(x, y) ((v_reg)vzip1q_f64(PD(x), PD(y)))
 #define ZIP_2_HIGH(x, y) ((v_reg)vzip2q_f64(PD(x), PD(y)))
-#define UNITS 1
 #endif
-#define SIDE (UNITS * 16 / (int)sizeof(v_real)) /* numbers of a register */
-#define UNIT (16 / (int)sizeof(v_real))         /* numbers of a unit */
-INLINE void transpose_registers(v_reg *r) {     /* (SIDE,): a square of SIDE registers */
-  v_reg t[SIDE];
-  int i;
+#define load_units(x, stride, width) ((v_reg)load_unit(x, width))
+#define store_units(x, stride, width, r) store_unit(x, width, (v_unit)(r))
+#endif
+INLINE void transpose_units(v_reg *r) { /* (UNIT,) */
 #if PYX_XENT_DOUBLE
-  for (i = 0; i < SIDE; i += 2) t[i] = ZIP_2_LOW(r[i], r[i + 1]), t[i + 1] = ZIP_2_HIGH(r[i], r[i + 1]);
+  const v_reg first = r[0];
+  r[0] = ZIP_2_LOW(first, r[1]);
+  r[1] = ZIP_2_HIGH(first, r[1]);
 #else
-  v_reg s[SIDE];
-  for (i = 0; i < SIDE; i += 2) s[i] = ZIP_1_LOW(r[i], r[i + 1]), s[i + 1] = ZIP_1_HIGH(r[i], r[i + 1]);
-  for (i = 0; i < SIDE; i += 4) {
-    t[i] = ZIP_2_LOW(s[i], s[i + 2]), t[i + 1] = ZIP_2_HIGH(s[i], s[i + 2]);
-    t[i + 2] = ZIP_2_LOW(s[i + 1], s[i + 3]), t[i + 3] = ZIP_2_HIGH(s[i + 1], s[i + 3]);
-  }
-#endif
-#if UNITS == 1
-  for (i = 0; i < SIDE; i++) r[i] = t[i];
-#elif UNITS == 2
-  for (i = 0; i < UNIT; i++) r[i] = UNITS_EVEN(t[i], t[i + UNIT]), r[i + UNIT] = UNITS_ODD(t[i], t[i + UNIT]);
-#else
-  for (i = 0; i < UNIT; i++) {
-    const v_reg even = UNITS_EVEN(t[i], t[i + UNIT]), odd = UNITS_ODD(t[i], t[i + UNIT]);
-    const v_reg even_2 = UNITS_EVEN(t[i + 2 * UNIT], t[i + 3 * UNIT]), odd_2 = UNITS_ODD(t[i + 2 * UNIT], t[i + 3 * UNIT]);
-    r[i] = UNITS_EVEN(even, even_2), r[i + UNIT] = UNITS_EVEN(odd, odd_2);
-    r[i + 2 * UNIT] = UNITS_ODD(even, even_2), r[i + 3 * UNIT] = UNITS_ODD(odd, odd_2);
-  }
+  const v_reg a = ZIP_1_LOW(r[0], r[1]), b = ZIP_1_HIGH(r[0], r[1]), c = ZIP_1_LOW(r[2], r[3]), d = ZIP_1_HIGH(r[2], r[3]);
+  r[0] = ZIP_2_LOW(a, c), r[1] = ZIP_2_HIGH(a, c), r[2] = ZIP_2_LOW(b, d), r[3] = ZIP_2_HIGH(b, d);
 #endif
 }
-INLINE void v_transpose(vec *r) {
-#if V_COUNT == 1
-  transpose_registers((v_reg *)r);
-#else
-  const v_reg *from = (const v_reg *)r;
-  vec to[LANES];
-  v_reg square[SIDE];
-  int i, j, k;
-  for (i = 0; i < V_COUNT; i++)
-    for (j = 0; j < V_COUNT; j++) {
-      for (k = 0; k < SIDE; k++) square[k] = from[(i * SIDE + k) * V_COUNT + j];
-      transpose_registers(square);
-      for (k = 0; k < SIDE; k++) ((v_reg *)to)[(j * SIDE + k) * V_COUNT + i] = square[k];
-    }
-  memcpy(r, to, sizeof(to));
-#endif
+INLINE void v_load_columns(const v_real *x, ptrdiff_t stride, int width, vec *columns) {
+  const ptrdiff_t rows = REGISTER_BYTES / sizeof(v_real);
+  v_reg r[UNIT];
+  int i, c;
+  for (i = 0; i < V_COUNT; i++) {
+    for (c = 0; c < UNIT; c++) r[c] = load_units(x + (i * rows + c) * stride, stride, width);
+    transpose_units(r);
+    for (c = 0; c < UNIT; c++) ((v_reg *)(columns + c))[i] = r[c];
+  }
+}
+INLINE void v_store_columns(v_real *x, ptrdiff_t stride, int width, const vec *columns) {
+  const ptrdiff_t rows = REGISTER_BYTES / sizeof(v_real);
+  v_reg r[UNIT];
+  int i, c;
+  for (i = 0; i < V_COUNT; i++) {
+    for (c = 0; c < UNIT; c++) r[c] = ((const v_reg *)(columns + c))[i];
+    transpose_units(r);
+    for (c = 0; c < UNIT; c++) store_units(x + (i * rows + c) * stride, stride, width, r[c]);
+  }
 }
 #endif
 

@@ -30,7 +30,9 @@ cdef extern from "vectors.h" nogil:
     bint v_any(mask)
     vec v_select(mask, vec, vec)
     real v_fold_max(vec)
-    void v_transpose(vec*)
+    const int UNIT
+    void v_load_columns(const real*, Py_ssize_t, int, vec*)
+    void v_store_columns(real*, Py_ssize_t, int, const vec*)
     doubles v_to_doubles(vec)
     vec v_from_doubles(doubles)
     doubles d_set(double)
