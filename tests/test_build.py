@@ -19,8 +19,15 @@ from conftest import same_bits
 import pyx_xent as px
 import trust.build
 from pyx_xent import _dispatch, _isas, _runtime, _threads
+from trust import disassembly
 
 PACKAGE = Path(px.__file__).parent
+
+
+def file_of(module):
+    """The shared library of pyx_xent.{module}."""
+    files = [PACKAGE / f"{module.removeprefix('pyx_xent.').replace('.', '/')}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next(f for f in files if f.exists())
 
 
 def python(code, **environment):
@@ -78,18 +85,24 @@ def test_each_kind_of_processor_has_its_instruction_sets(monkeypatch, machine, i
 @pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
 @pytest.mark.skipif("avx2" not in _dispatch.compiled, reason="not x86-64")
 def test_baseline_modules_hold_no_avx():
-    def registers(name):
-        files = [PACKAGE / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES]
-        file = next(f for f in files if f.exists())
-        code = subprocess.run(["objdump", "-d", str(file)], capture_output=True, text=True, check=True).stdout
+    def registers(module):
+        code = subprocess.run(["objdump", "-d", str(file_of(module))], capture_output=True, text=True, check=True).stdout
         return {r for r in ("ymm", "zmm") if f"%{r}" in code}
 
     def of_kernels(isa):
-        return [registers(module.removeprefix("pyx_xent.").replace(".", "/")) for module in _isas.modules(isa).values()]
+        return [registers(module) for module in _isas.modules(isa).values()]
 
     assert not any([*map(registers, ("_call", "_memory", "_runtime")), *of_kernels("baseline")])
     assert all(found == {"ymm"} for found in of_kernels("avx2"))
     assert all("zmm" in found for found in of_kernels("avx512"))
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="objdump is not installed")
+@pytest.mark.parametrize("isa", [isa for isa in _dispatch.compiled if isa in ("avx2", "avx512")])
+def test_loops_of_the_kernels_are_vectors(isa):
+    for module in _isas.modules(isa).values():
+        found = disassembly.check(file_of(module), disassembly.X86_64)
+        assert sum(loop.vector for loop in found.values()) > 10
 
 
 def test_show_config_and_python_m_say_the_same():

@@ -1,4 +1,4 @@
-"""What the compiler made of loops, for aarch64: vector instructions, and vector registers that did not suffice.
+"""What the compiler made of loops: vector instructions, and vector registers that did not suffice.
 
 An innermost loop is a backward branch and what lies between it and its target, without another such branch inside. Calls are
 not followed: a hot loop has to have everything inlined.
@@ -7,13 +7,37 @@ not followed: a hot loop has to have everything inlined.
 import re
 import subprocess
 from dataclasses import dataclass
+from typing import NamedTuple
+
+# Functions of steps.pxi whose innermost loops have to be vectors, and nothing else.
+STEPS = ("exponentials", "distances")
+# Of a loop's instructions: a register or two that wait on the stack cost nothing beside 50 others.
+FEW_SPILLS = 0.05
 
 FUNCTION = re.compile(r"^([0-9a-f]+) <(.+)>:$")
-INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(\S+)\t?(.*)$")
-BRANCH = re.compile(r"^(b|b\..+|cbn?z|tbn?z)$")
+INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\t(.+)$")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
-VECTORS = re.compile(r"^v\d+\.(4s|2d)")
-ON_THE_STACK = re.compile(r"\[(sp|x29)\b")
+
+
+class Machine(NamedTuple):
+    """How objdump prints the instructions that matter, each as a regular expression for "mnemonic operands"."""
+
+    objdump: str
+    branch: str
+    vector: str  # arithmetic of vectors
+    scalar: str  # of one number
+    spill: str  # a vector register on the stack
+    call: str
+
+
+AARCH64 = Machine(
+    objdump="aarch64-linux-gnu-objdump", branch=r"(b|b\..+|cbn?z|tbn?z) ", vector=r"(fml[as]|fadd|fsub|fmul|fmaxnm) v\d+\.(4s|2d)",
+    scalar=r"(fn?m(add|sub)|fadd|fsub|fn?mul|fmaxnm) [sd]", spill=r"((ldr|str|ldp|stp|ldur|stur|ldnp|stnp) q|(ld1|st1) ).*\[(sp|x29)\b", call=r"blr? ",
+)  # fmt: skip
+X86_64 = Machine(
+    objdump="objdump", branch=r"j(?!mp)[a-z]+ ", vector=r"v(fn?m(add|sub)\d+|add|sub|mul|max)p[sd] ",
+    scalar=r"v(fn?m(add|sub)\d+|add|sub|mul|max)s[sd] ", spill=r"vmov\w+ %[xyz]mm\d+,.*\(%r[sb]p", call=r"call",
+)  # fmt: skip
 
 
 @dataclass
@@ -21,77 +45,73 @@ class Loop:
     """Instructions of an innermost loop, or of several."""
 
     size: int = 0  # instructions
-    vector: int = 0  # fmla and fmls of .4s or .2d
-    scalar: int = 0  # fmadd and the like of one number
-    spills: int = 0  # q registers stored to the stack or loaded from it
+    vector: int = 0  # arithmetic of vectors
+    scalar: int = 0  # of one number
+    spills: int = 0  # vector registers on the stack
     calls: int = 0
+
+    def is_bad(self):
+        return bool(self.scalar or self.calls or not self.vector or self.spills > FEW_SPILLS * self.size)
 
     def __add__(self, other):
         return Loop(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-def functions(file, objdump="aarch64-linux-gnu-objdump"):
-    """{function: [(address, mnemonic, operands), ...]} of an object file or shared library."""
-    text = subprocess.run([objdump, "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True).stdout
+def functions(file, machine):
+    """{function: [(address, "mnemonic operands"), ...]} of an object file or shared library."""
+    text = subprocess.run([machine.objdump, "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True).stdout
     found, instructions = {}, []
     for line in text.splitlines():
         if match := FUNCTION.match(line):
             instructions = found.setdefault(match[2], [])
         elif match := INSTRUCTION.match(line):
-            instructions.append((int(match[1], 16), match[2], match[3]))
+            instructions.append((int(match[1], 16), " ".join(match[2].split())))
     return found
 
 
-def innermost(instructions):
+def innermost(instructions, machine):
     """The innermost loops, as lists of instructions."""
     begin = instructions[0][0] if instructions else 0
     backward = []
-    for address, mnemonic, operands in instructions:
-        if BRANCH.match(mnemonic) and (target := TARGET.search(operands)) and begin <= int(target[1], 16) <= address:
+    for address, text in instructions:
+        if re.match(machine.branch, text) and (target := TARGET.search(text)) and begin <= int(target[1], 16) <= address:
             backward.append((int(target[1], 16), address))
     inner = [
         one for one in backward if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in backward)
     ]
-    return [[each for each in instructions if first <= each[0] <= last] for first, last in inner]
+    return [[text for address, text in instructions if first <= address <= last] for first, last in inner]
 
 
-def is_spill(mnemonic, operands):
-    of_a_vector = operands.startswith("q") and mnemonic in ("ldr", "str", "ldp", "stp", "ldur", "stur", "ldnp", "stnp")
-    return bool((of_a_vector or mnemonic in ("ld1", "st1")) and ON_THE_STACK.search(operands))
+def counted(instructions, machine):
+    def of(pattern):
+        return sum(bool(re.match(pattern, text)) for text in instructions)
+
+    return Loop(len(instructions), of(machine.vector), of(machine.scalar), of(machine.spill), of(machine.call))
 
 
-def counted(instructions):
-    return Loop(
-        size=len(instructions),
-        vector=sum(mnemonic in ("fmla", "fmls") and bool(VECTORS.match(operands)) for _, mnemonic, operands in instructions),
-        scalar=sum(mnemonic in ("fmadd", "fmsub", "fnmadd", "fnmsub") for _, mnemonic, _ in instructions),
-        spills=sum(is_spill(mnemonic, operands) for _, mnemonic, operands in instructions),
-        calls=sum(mnemonic in ("bl", "blr") for _, mnemonic, _ in instructions),
-    )
-
-
-def loops(file, pattern, objdump="aarch64-linux-gnu-objdump"):
-    """{function: [Loop, ...]} of functions whose name has `pattern` (a regular expression), loops with multiply-adds alone."""
+def loops(file, pattern, machine):
+    """{function: [Loop, ...]} of functions whose name has `pattern` (a regular expression), loops with arithmetic alone."""
     found = {}
-    for name, instructions in functions(file, objdump).items():
+    for name, instructions in functions(file, machine).items():
         if re.search(pattern, name):
-            counts = map(counted, innermost(instructions))
+            counts = [counted(loop, machine) for loop in innermost(instructions, machine)]
             found[name] = [loop for loop in counts if loop.vector or loop.scalar]
     return found
 
 
-def check(file, patterns, objdump="aarch64-linux-gnu-objdump"):
-    """{function: Loop of all its hot loops}; SystemExit if one is scalar or spills, or if there is none for a pattern.
+def check(file, machine, steps=STEPS):
+    """{function: Loop of all its hot loops}; SystemExit if one is scalar, calls or spills, or if there is none for a step.
 
-    Hot loops are the innermost ones with multiply-adds, of functions that match one of `patterns`.
+    Hot loops are the innermost ones with arithmetic, of functions that are named after one of `steps`.
     """
     found, faults = {}, []
-    for pattern in patterns:
-        of_functions = {name: hot for name, hot in loops(file, pattern, objdump).items() if hot}
+    for step in steps:
+        pattern = rf"(^|_){step}(\.|$)"
+        of_functions = {name: hot for name, hot in loops(file, pattern, machine).items() if hot}
         if not of_functions:
-            faults.append(f"no function that matches {pattern!r} has a loop with multiply-adds")
+            faults.append(f"no function {step} has a loop with arithmetic")
         for name, hot in of_functions.items():
-            faults += [f"{name}: {loop}" for loop in hot if loop.scalar or loop.spills or loop.calls or not loop.vector]
+            faults += [f"{name}: {loop}" for loop in hot if loop.is_bad()]
             found[name] = sum(hot, Loop())
     if faults:
         raise SystemExit(f"{file}: loops that are scalar, spill or call:\n" + "\n".join(faults))

@@ -204,31 +204,33 @@ cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexc
     return v_from_doubles(q)
 
 
-cdef inline vec distance(const real* x, const real* weight, Py_ssize_t i, vec m) noexcept nogil:
-    cdef vec below = v_sub(m, v_load(x + i))
-    return below if weight == NULL else v_mul(v_load(weight + i), below)
-
-
 cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:
     # -> the sum of w (m - x) in each lane; weight NULL: 1. m stands for what is beyond `size` (of a row, whose lanes are alike)
     cdef doubles total = d_set(0.0), lost = total
-    cdef vec a, b, c, d
-    cdef Py_ssize_t i = 0
-    while i + GROUP * LANES <= size:
-        a = v_add(distance(x, weight, i, lanes_m), distance(x, weight, i + LANES, lanes_m))
-        b = v_add(distance(x, weight, i + 2 * LANES, lanes_m), distance(x, weight, i + 3 * LANES, lanes_m))
-        c = v_add(distance(x, weight, i + 4 * LANES, lanes_m), distance(x, weight, i + 5 * LANES, lanes_m))
-        d = v_add(distance(x, weight, i + 6 * LANES, lanes_m), distance(x, weight, i + 7 * LANES, lanes_m))
-        total = accumulate(total, v_to_doubles(v_add(v_add(a, b), v_add(c, d))), &lost)
-        i += GROUP * LANES
-    a = v_set(0)
-    while i + LANES <= size:
-        a = v_add(a, distance(x, weight, i, lanes_m))
-        i += LANES
-    if i < size:
-        b = v_sub(lanes_m, at(x, i, size, m))
-        a = v_add(a, b if weight == NULL else v_mul(at(weight, i, size, 0), b))
-    return accumulate(total, v_to_doubles(a), &lost)
+    cdef vec a, b
+    cdef Py_ssize_t i = 0, end
+    while i < size:
+        a = v_set(0)
+        b = a
+        end = min(i + GROUP * LANES, size)
+        if weight != NULL:
+            while i + LANES <= end:
+                a = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), a)
+                i += LANES
+            if i < end:
+                a = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), a)
+                i += LANES
+        else:
+            while i + 2 * LANES <= end:       # two at a time, because each addition waits for the one before
+                a = v_add(a, v_sub(lanes_m, v_load(x + i)))
+                b = v_add(b, v_sub(lanes_m, v_load(x + i + LANES)))
+                i += 2 * LANES
+            while i < end:
+                a = v_add(a, v_sub(lanes_m, at(x, i, size, m)))
+                i += LANES
+            a = v_add(a, b)
+        total = accumulate(total, v_to_doubles(a), &lost)
+    return total
 
 
 cdef struct Term:
