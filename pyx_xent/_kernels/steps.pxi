@@ -207,29 +207,29 @@ cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexc
 cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:
     # -> the sum of w (m - x) in each lane; weight NULL: 1. m stands for what is beyond `size` (of a row, whose lanes are alike)
     cdef doubles total = d_set(0.0), lost = total
-    cdef vec a, b
+    cdef vec sum
     cdef Py_ssize_t i = 0, end
     while i < size:
-        a = v_set(0)
-        b = a
+        sum = v_set(0)
         end = min(i + GROUP * LANES, size)
         if weight != NULL:
             while i + LANES <= end:
-                a = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), a)
+                sum = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), sum)
                 i += LANES
             if i < end:
-                a = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), a)
+                sum = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), sum)
                 i += LANES
         else:
-            while i + 2 * LANES <= end:       # two at a time, because each addition waits for the one before
-                a = v_add(a, v_sub(lanes_m, v_load(x + i)))
-                b = v_add(b, v_sub(lanes_m, v_load(x + i + LANES)))
+            while i + 2 * LANES <= end:       # in pairs, because each addition to the sum waits for the one before
+                sum = v_add(sum, v_add(v_sub(lanes_m, v_load(x + i)), v_sub(lanes_m, v_load(x + i + LANES))))
                 i += 2 * LANES
-            while i < end:
-                a = v_add(a, v_sub(lanes_m, at(x, i, size, m)))
+            if i + LANES <= end:
+                sum = v_add(sum, v_sub(lanes_m, v_load(x + i)))
                 i += LANES
-            a = v_add(a, b)
-        total = accumulate(total, v_to_doubles(a), &lost)
+            if i < end:
+                sum = v_add(sum, v_sub(lanes_m, at(x, i, size, m)))
+                i += LANES
+        total = accumulate(total, v_to_doubles(sum), &lost)
     return total
 
 
