@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TIMED := $(BIN)/python -m pytest benchmarks --benchmark-quiet
 BASELINE := file://./.benchmarks/baseline
-SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p*)
+SOURCES := pyproject.toml setup.py $(wildcard pyx_xent/*.p* pyx_xent/*.h pyx_xent/_kernels/*.p* pyx_xent/_kernels/*.h)
 
 .PHONY: demo test bench bench-turns bench-quick bench-save bench-compare asan clang trust lint clean
 .DELETE_ON_ERROR:

@@ -41,6 +41,10 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
      "lanes_left(run, k), classes,\n                    in_panel",
      "data + k * array.inner * size_of(array.storage), array.storage, array.inner, LANES, classes,\n"
      "                    in_panel"),
+    ("the last vector of a run ends beyond it", COPY, "load(data, start + size - LANES, storage, LANES)",
+     "load(data, start + size - LANES + 1, storage, LANES)"),
+    ("columns are read beyond the last class", COPY, "columns_in(x + i, stride, <int>(size - i), to",
+     "columns_in(x + i, stride, UNIT, to"),
     ("a batch is one row too large", BATCH, "min(end - position, p.inner - batches[now].inner))",
      "min(end - position + 1, p.inner - batches[now].inner))"),
     ("slices overlap the end", BATCH, "min(first + (part + 1) * p.plan.part, end)", "first + (part + 1) * p.plan.part"),

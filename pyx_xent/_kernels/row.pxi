@@ -1,6 +1,6 @@
 # Many classes: a row at a time, LANES classes in a vector, SEGMENT of them from maximum to sum while they are in the nearest
-# cache. Each segment is in units of its own maximum, a power of two from those of the row, so one pass is enough; and segments
-# depend on nothing but the row, so threads may share one (batch.pxi).
+# cache. Each segment has units of its own, a power of two from those of the row, so one pass is enough; and segments depend on
+# nothing but the row, so threads may share one (batch.pxi).
 #
 # Rows of one segment come LANES at a time, for what happens once a row; short ones go through each step together, too, because
 # a step waits for the one before it, and of a short row it would wait longer than it computes. Of long rows the gradient waits
