@@ -32,13 +32,21 @@ class Machine(NamedTuple):
 
 
 AARCH64 = Machine(
-    objdump="aarch64-linux-gnu-objdump", branch=r"(b|b\..+|cbn?z|tbn?z) ", vector=r"(fml[as]|fadd|fsub|fmul|fmaxnm) v\d+\.(4s|2d)",
-    scalar=r"(fn?m(add|sub)|fadd|fsub|fn?mul|fmaxnm) [sd]", spill=r"((ldr|str|ldp|stp|ldur|stur|ldnp|stnp) q|(ld1|st1) ).*\[(sp|x29)\b", call=r"blr? ",
-)  # fmt: skip
+    objdump="aarch64-linux-gnu-objdump",
+    branch=r"(b|b\..+|cbn?z|tbn?z) ",
+    vector=r"(fml[as]|fadd|fsub|fmul|fmaxnm) v\d+\.(4s|2d)",
+    scalar=r"(fn?m(add|sub)|fadd|fsub|fn?mul|fmaxnm) [sd]",
+    spill=r"((ldr|str|ldp|stp|ldur|stur|ldnp|stnp) q|(ld1|st1) ).*\[(sp|x29)\b",
+    call=r"blr? ",
+)
 X86_64 = Machine(
-    objdump="objdump", branch=r"j(?!mp)[a-z]+ ", vector=r"v(fn?m(add|sub)\d+|add|sub|mul|max)p[sd] ",
-    scalar=r"v(fn?m(add|sub)\d+|add|sub|mul|max)s[sd] ", spill=r"vmov\w+ %[xyz]mm\d+,.*\(%r[sb]p", call=r"call",
-)  # fmt: skip
+    objdump="objdump",
+    branch=r"j(?!mp)[a-z]+ ",
+    vector=r"v(fn?m(add|sub)\d+|add|sub|mul|max)p[sd] ",
+    scalar=r"v(fn?m(add|sub)\d+|add|sub|mul|max)s[sd] ",
+    spill=r"vmov\w+ %[xyz]mm\d+,.*\(%r[sb]p",  # constants are read from there: AVX2 has 16 registers
+    call=r"call",
+)
 
 
 @dataclass
@@ -60,7 +68,8 @@ class Loop:
 
 def functions(file, machine):
     """{function: [(address, "mnemonic operands"), ...]} of an object file or shared library."""
-    text = subprocess.run([machine.objdump, "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True).stdout
+    command = [machine.objdump, "-d", "--no-show-raw-insn", file]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found, instructions = {}, []
     for line in text.splitlines():
         if match := FUNCTION.match(line):
