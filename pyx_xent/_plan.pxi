@@ -8,6 +8,7 @@ cdef enum:
     STREAM_BYTES = 1 << 25        # an output of this size will not be found in a cache: it is stored past them
     KEPT_CLASSES = 1 << 20        # exponentials of longer rows are computed twice, rather than cached in memory as large as the row
     CLASSES_WORTH_SHARING = 1 << 15   # so many classes of a row are worth waking threads for
+    APART = 2048                  # bytes between the memory of two threads: processors ask ahead for some lines of memory, too
     PARTS_OF_A_THREAD = 8         # even out ignored rows and a busy core
 
 # Nanoseconds that a number takes, roughly, for loss and gradient in float: for the number of threads only.
@@ -132,6 +133,9 @@ cdef int plan(Call call) except -1:
     for k in range(4):
         plan.areas_size += rounded_up(plan.area[k] * itemsize, 64)
     plan.areas_size += (1 if p.other.data == NULL else 2) * rounded_up(p.classes * plan.staged * itemsize, 64)
+    if plan.num_threads > 1:
+        plan.scratch_size += APART
+        plan.areas_size += APART
     # Two arrays, because a large one lies in huge pages, of which those that the kernels do not come to use are never touched.
     call.scratch = new_array(
         plan.num_threads * plan.scratch_size + (1 if plan.shared else 2 * plan.num_threads) * plan.segments * SEGMENT_BYTES + 64,

@@ -99,7 +99,7 @@ cdef RowTerm row_class_term(
         if k.weight != NULL and segments_of(p.classes) > 1:
             row.mass = fold(total_of(k.weight, size))
         return row
-    sums = class_term(b.x[l] + start, k, size, m, target - start if target >= 0 else -1)
+    sums = class_term(b.x[l] + start, k, size, m, target - start if target >= 0 else -1, lies_as_rows(&p.other))
     row.term = fold(sums.term)
     row.mass = fold(sums.mass)
     if target >= 0:
@@ -120,13 +120,13 @@ cdef enum:
     GUESS_IS_NEAR = 40            # powers of two; the sum of 2048 numbers that are so much larger than ROOM allows for is finite
 
 
-cdef bint segment_units(const real* x, Py_ssize_t size, real* cached, Segment* s) noexcept nogil:
+cdef bint segment_units(const Problem* p, const real* x, Py_ssize_t size, real* cached, Segment* s) noexcept nogil:
     # Maximum and units: guessed from the segment's start, so that the exponentials need no pass of their own; from the maximum
     # where the guess is far too low. Bits do not depend on the layout, though exponentials that are to take the place of the
     # logits have to wait. -> are they computed already?
     cdef vec guess = exponent_of(v_set(v_fold_max(maximum(x, min(size, <Py_ssize_t>GUESSED_FROM)))))
     if x != cached:
-        s.maximum = v_fold_max(exponentials(x, size, units_of(guess, ROOM), cached, True))
+        s.maximum = v_fold_max(exponentials(x, size, units_of(guess, ROOM), cached, True, lies_as_rows(&p.logits)))
     else:
         s.maximum = v_fold_max(maximum(x, size))
     s.exponent = one_of(exponent_of(v_set(s.maximum)))
@@ -145,7 +145,7 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     cdef bint done
     s.target = -1
     s.own = 0
-    done = segment_units(x, size, cached, s)
+    done = segment_units(p, x, size, cached, s)
     if p.target == NULL:
         target = position_of(x, size, s.maximum)
         s.target = target + start if target >= 0 else -1
@@ -154,7 +154,7 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     if has_class_term(p):
         s.row = row_class_term(p, b, l, start, size, s.maximum, s.target)
     if not done:
-        exponentials(x, size, units_of(v_set(s.exponent), ROOM), cached, False)
+        exponentials(x, size, units_of(v_set(s.exponent), ROOM), cached, False, lies_as_rows(&p.logits))
     if target >= 0:
         s.own = cached[target] if p.target == NULL else 0.0
         cached[target] = 0
@@ -277,7 +277,7 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
         if r.live[l]:
             units.low = v_set(low[l])
             units.round_by = v_set(round_by[l])
-            exponentials(b.x[l], classes, units, b.summed[l], False)
+            exponentials(b.x[l], classes, units, b.summed[l], False, lies_as_rows(&p.logits))
             if r.target[l] >= 0:
                 b.summed[l][r.target[l]] = 0
     for l in range(b.count):
@@ -352,7 +352,7 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
                 power = 1
     else:
         units = units_of(exponent_of(v_set(r.maximum[l])), ROOM)
-        exponentials(b.x[l] + start, size, units, cached, False)
+        exponentials(b.x[l] + start, size, units, cached, False, lies_as_rows(&p.logits))
     if r.has_small:
         power *= r.damp[l]
     if power != 1:

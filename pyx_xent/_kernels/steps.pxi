@@ -87,12 +87,14 @@ cdef vec exponentials(
     Units units,                              # in   of the row or rows
     real* cached,                             # out  whole vectors, +0 from `size` on; may be x
     bint with_maximum,                        # in
-) noexcept nogil:
+    bint ask_ahead,                           # in   for what comes next, while memory is idle. Not of a thread's own memory:
+) noexcept nogil:                             #      what comes next there is another thread's
     # -> the maximum of x in each lane, as `maximum` has it, if that is asked for
     cdef vec m = v_set(-INFINITY), logits
     cdef Py_ssize_t i = 0
     while i + LANES <= size:
-        v_prefetch(x + i + SEGMENT)           # what comes next, while memory is idle
+        if ask_ahead:
+            v_prefetch(x + i + SEGMENT)
         logits = v_load(x + i)
         if with_maximum:
             m = v_max(m, logits)
@@ -251,9 +253,9 @@ cdef inline void add_class_term(Term* sums, vec c, vec x, vec m) noexcept nogil:
 cdef Term class_term(
     const real* x, Coefficients k, Py_ssize_t size, vec m,
     Py_ssize_t target,                        # in   of a row: the class that is left out; -1: none
+    bint ask_ahead,                           # in   for probabilities, see exponentials
 ) noexcept nogil:
     cdef Term sums
-    cdef const real* ahead = (k.probabilities if k.probabilities != NULL else k.weight) + SEGMENT      # as in exponentials
     cdef real left[LANES]
     cdef Py_ssize_t i = 0, l, end
     sums.term = sums.mass = sums.lost_term = sums.lost_mass = d_set(0.0)
@@ -261,7 +263,8 @@ cdef Term class_term(
         # Up to the target's vector, and then from there on.
         end = target // LANES * LANES if i <= target else size // LANES * LANES
         while i < end:
-            v_prefetch(ahead + i)
+            if ask_ahead:
+                v_prefetch(k.probabilities + i + SEGMENT)
             add_class_term(&sums, coefficient(k, i, size), v_load(x + i), m)
             i += LANES
         if i < size:

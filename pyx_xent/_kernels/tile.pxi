@@ -101,7 +101,7 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
             r.target_mass[l] = other[r.target[l] * LANES + l]
             other[r.target[l] * LANES + l] = 0
     k.weight, k.probabilities = other, NULL
-    sums = class_term(x, k, size, m, -1)
+    sums = class_term(x, k, size, m, -1, False)
     d_store(r.term, sums.term)
     d_store(r.mass, sums.mass)
 
@@ -109,7 +109,7 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
 cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept nogil:
     cdef Py_ssize_t size = p.classes * LANES
     cdef int l
-    exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached, False)
+    exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached, False, False)
     if p.have_state:
         return
     d_store(r.total, total_of(cached, size) if p.classes <= FEW_CLASSES else total_of_tile(cached, p.classes))
