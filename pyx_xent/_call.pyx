@@ -397,28 +397,38 @@ cdef Call finished_loss(Call call):
     return finished(call)
 
 
-# The losses. -> Call, of which logits, target, options (from options()) are checked, and class indices copied
-
-def cross_entropy(logits, target, Options options not None, out=None, num_threads=None):
-    """The loss alone."""
-    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, num_threads)
+cdef Call loss_alone(Operation operation, logits, target, Options options, out, num_threads):
+    cdef Call call = new_loss(operation, logits, target, num_threads)
     write_loss_to(call, out)
     check_loss(call, options)
     set_losses(call)
     return finished_loss(call)
 
 
-def cross_entropy_with_grad(
-    logits, target, Options options not None, out=None, num_threads=None, grad_output=None, grad_out=None
+cdef Call loss_with_gradient(
+    Operation operation, logits, target, Options options, out, num_threads, grad_output, grad_out
 ):
-    """The loss and its gradient."""
-    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, num_threads)
+    cdef Call call = new_loss(operation, logits, target, num_threads)
     write_loss_to(call, out)
     want_gradient(call, grad_output, grad_out)
     check_loss(call, options)
     set_losses(call)
     set_gradient_of_loss(call)
     return finished_loss(call)
+
+
+# The losses. -> Call, of which logits, target, options (from options()) are checked, and class indices copied
+
+def cross_entropy(logits, target, Options options not None, out=None, num_threads=None):
+    """The loss alone."""
+    return loss_alone(CROSS_ENTROPY, logits, target, options, out, num_threads)
+
+
+def cross_entropy_with_grad(
+    logits, target, Options options not None, out=None, num_threads=None, grad_output=None, grad_out=None
+):
+    """The loss and its gradient."""
+    return loss_with_gradient(CROSS_ENTROPY, logits, target, options, out, num_threads, grad_output, grad_out)
 
 
 def cross_entropy_with_state(logits, target, Options options not None, num_threads=None):
@@ -447,22 +457,12 @@ def cross_entropy_gradient(
 
 def nll(log_probs, target, Options options not None, out=None, num_threads=None):
     """The negative log-likelihood alone; of the options, label_smoothing and z_loss are not looked at."""
-    cdef Call call = new_loss(NLL, log_probs, target, num_threads)
-    write_loss_to(call, out)
-    check_loss(call, options)
-    set_losses(call)
-    return finished_loss(call)
+    return loss_alone(NLL, log_probs, target, options, out, num_threads)
 
 
 def nll_with_grad(log_probs, target, Options options not None, out=None, num_threads=None, grad_output=None, grad_out=None):
     """The negative log-likelihood and its gradient."""
-    cdef Call call = new_loss(NLL, log_probs, target, num_threads)
-    write_loss_to(call, out)
-    want_gradient(call, grad_output, grad_out)
-    check_loss(call, options)
-    set_losses(call)
-    set_gradient_of_loss(call)
-    return finished_loss(call)
+    return loss_with_gradient(NLL, log_probs, target, options, out, num_threads, grad_output, grad_out)
 
 
 def rows_of_linear(tuple rows, Py_ssize_t classes, dtype, target, Options options not None, grad_output=None):

@@ -9,6 +9,8 @@ cdef enum:
     KEPT_CLASSES = 1 << 20        # exponentials of longer rows are computed twice, rather than cached in memory as large as the row
     CLASSES_WORTH_SHARING = 1 << 15   # so many classes of a row are worth waking threads for
     APART = 2048                  # bytes between the memory of two threads: processors ask ahead for some lines of memory, too
+    QUICK = 1024                  # so few elements are computed sooner than the GIL is given away and taken back
+    BETWEEN_SIGNALS = 1 << 27     # elements, some tenths of a second: then Ctrl-C is heard
     PARTS_OF_A_THREAD = 8         # even out ignored rows and a busy core
 
 # Nanoseconds that a number takes, roughly, for loss and gradient in float: for the number of threads only.
@@ -73,7 +75,7 @@ cdef int plan(Call call) except -1:
     cdef Problem* p = &call.problem
     cdef Plan* plan = &p.plan
     cdef Py_ssize_t lanes = DOUBLE_LANES if p.is_double else FLOAT_LANES, itemsize = 64 // lanes
-    cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, area, parts
+    cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, area, parts, between
     cdef int k
     cdef bint few = p.classes <= FEW_CLASSES
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
@@ -120,11 +122,14 @@ cdef int plan(Call call) except -1:
             plan.staged = min(max(lanes, STAGED_NUMBERS // p.classes // lanes * lanes), rounded_up(p.inner, lanes))
     parts = PARTS_OF_A_THREAD * plan.num_threads
     parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds_for(call) / NANOSECONDS_WORTH_A_PART)))
-    plan.part = max(1, (positions + parts - 1) // parts)
+    between = max(1, BETWEEN_SIGNALS // max(p.classes, 1))
+    plan.part = max(1, min((positions + parts - 1) // parts, (between + plan.num_threads - 1) // plan.num_threads))
     if plan.part > plan.rows:
         plan.part = rounded_up(plan.part, plan.rows)
     elif plan.part > lanes:
         plan.part = rounded_up(plan.part, lanes)
+    plan.between_signals = max(1, between // plan.part) * plan.part
+    plan.quick = plan.num_threads == 1 and positions * p.classes <= QUICK
     plan.scratch_size = (
         rounded_up((plan.rows + lanes - 1) // lanes * ROWS_BYTES, 64) + rounded_up(plan.discarded * itemsize, 64)
         + rounded_up(plan.weights * itemsize, 64)

@@ -59,6 +59,8 @@ cdef struct Plan:                 # how to compute, see _plan.pxi
     Py_ssize_t tile_classes       # classes of a tile, with the zeros beyond them; 0: rows
     Py_ssize_t rows               # that are worked on together: whole tiles, or LANES rows, or 1
     Py_ssize_t part               # rows that a thread takes at a time
+    Py_ssize_t between_signals    # rows until Ctrl-C is heard; whole parts
+    bint quick                    # the GIL is kept
     void* scratch                 # (num_threads, scratch_size) bytes, then segments; 64-byte aligned; see Scratch in batch.pxi
     Py_ssize_t scratch_size
     void* areas                   # (num_threads, areas_size) bytes, if shared (1, areas_size), likewise

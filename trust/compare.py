@@ -47,11 +47,8 @@ def same_but_for_nan(dtype, one, other):
     return np.array_equal(nan, (other & magnitude) > infinity) and np.array_equal(one[~nan], other[~nan])
 
 
-def check(what, found, expected, bits_of_nan=True):
-    """What has the same bits, in words; SystemExit naming what has not.
-
-    Without `bits_of_nan`, arrays may differ in the sign and payload of NaN, and the answer says how many do.
-    """
+def check(what, found, expected):
+    """What has the same bits, in words; SystemExit naming what has not, and where NaN alone has another sign or payload."""
     _, digests, arrays = found
     _, expected_digests, expected_arrays = expected
     if digests.keys() != expected_digests.keys() or arrays.keys() != expected_arrays.keys():
@@ -61,10 +58,9 @@ def check(what, found, expected, bits_of_nan=True):
     for name, (dtype, values) in arrays.items():
         if (dtype, values) != expected_arrays[name]:
             (nans if same_but_for_nan(dtype, values, expected_arrays[name][1]) else numbers).append(name)
-    if different or numbers or (nans and bits_of_nan):
+    if different or numbers or nans:
         raise SystemExit(
             f"{what}: other bits in {len(different)} of {len(digests)} digests {different[:3]}, in {len(numbers)} of "
             f"{len(arrays)} arrays {numbers[:5]}; only the sign or payload of NaN differs in {len(nans)} more {nans[:5]}"
         )
-    of_nan = f"but for the sign or payload of NaN in {len(nans)} arrays" if nans else "NaN's included"
-    return f"the same bits in {len(digests)} digests and {len(arrays):,} arrays, {of_nan}"
+    return f"the same bits in {len(digests)} digests and {len(arrays):,} arrays, NaN's included"

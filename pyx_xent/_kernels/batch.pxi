@@ -6,10 +6,6 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange, threadid
 
-cdef enum:
-    QUICK = 1024                  # so few elements are computed sooner than the GIL is given away and taken back
-    BETWEEN_SIGNALS = 1 << 27     # elements, some tenths of a second: then Ctrl-C is heard
-
 
 cdef struct Scratch:
     # What a thread has for itself, each at a multiple of 64 bytes; threads that share a row share its segments and areas.
@@ -269,19 +265,19 @@ cdef void do_in_parallel(const Problem* p, Py_ssize_t first, Py_ssize_t end) noe
 
 cdef int run_problem(const Problem* p) except -1:
     # Only KeyboardInterrupt can come of it, with part of the outputs written.
-    cdef Py_ssize_t positions = p.outer * p.inner, first, size
+    cdef Py_ssize_t positions = p.outer * p.inner, first, end
     if positions == 0 or p.classes == 0:
         return 0
-    if p.plan.num_threads == 1 and positions * p.classes <= QUICK:
+    if p.plan.quick:
         do_positions(p, 0, positions, 0)
         return 0
-    size = max(p.plan.part, BETWEEN_SIGNALS // p.classes // p.plan.part * p.plan.part)
-    for first from 0 <= first < positions by size:
+    for first from 0 <= first < positions by p.plan.between_signals:
+        end = min(first + p.plan.between_signals, positions)
         with nogil:
             if p.plan.num_threads == 1 or p.plan.shared:
-                do_positions(p, first, min(first + size, positions), 0)
+                do_positions(p, first, end, 0)
             else:
-                do_in_parallel(p, first, min(first + size, positions))
+                do_in_parallel(p, first, end)
         PyErr_CheckSignals()
     return 0
 

@@ -242,9 +242,9 @@ cdef struct Term:
     doubles lost_mass
 
 
-cdef inline void add_class_term(Term* sums, vec c, vec x, vec m) noexcept nogil:
+cdef inline void add_class_term(Term* sums, doubles mass, doubles x, doubles m) noexcept nogil:
     # In double from the start: one probability near 1 must not cost the others their digits. 0 * inf is 0 here: 0 log 0 = 0.
-    cdef doubles mass = v_to_doubles(c), term = d_mul(mass, d_sub(v_to_doubles(m), v_to_doubles(x)))
+    cdef doubles term = d_mul(mass, d_sub(m, x))
     term = d_select(d_equal(mass, d_set(0.0)), mass, term)
     sums.term = accumulate(sums.term, term, &sums.lost_term)
     sums.mass = accumulate(sums.mass, mass, &sums.lost_mass)
@@ -256,8 +256,14 @@ cdef Term class_term(
     bint ask_ahead,                           # in   for probabilities, see exponentials
 ) noexcept nogil:
     cdef Term sums
+    cdef const real* given = NULL             # w q' as it is in memory
+    cdef doubles wide_m = v_to_doubles(m)
     cdef real left[LANES]
     cdef Py_ssize_t i = 0, l, end
+    if k.probabilities == NULL:
+        given = k.weight
+    elif k.as_given:
+        given = k.probabilities
     sums.term = sums.mass = sums.lost_term = sums.lost_mass = d_set(0.0)
     while i < size:
         # Up to the target's vector, and then from there on.
@@ -265,14 +271,17 @@ cdef Term class_term(
         while i < end:
             if ask_ahead:
                 v_prefetch(k.probabilities + i + SEGMENT)
-            add_class_term(&sums, coefficient(k, i, size), v_load(x + i), m)
+            if given != NULL:
+                add_class_term(&sums, d_load_reals(given + i), d_load_reals(x + i), wide_m)
+            else:
+                add_class_term(&sums, v_to_doubles(coefficient(k, i, size)), d_load_reals(x + i), wide_m)
             i += LANES
         if i < size:
             v_store(left, coefficient(k, i, size))
             for l in range(LANES):
                 if i + l == target or i + l >= size:
                     left[l] = 0
-            add_class_term(&sums, v_load(left), at(x, i, size, 0), m)
+            add_class_term(&sums, d_load_reals(left), v_to_doubles(at(x, i, size, 0)), wide_m)
             i += LANES
     return sums
 

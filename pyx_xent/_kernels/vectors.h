@@ -147,6 +147,7 @@ typedef struct { d_ireg CHOOSE(MEMBERS_, D_COUNT); } dmask;
 #define MAX(a, b) ((v_reg)_mm512_max_ps((__m512)(b), (__m512)(a)))
 #define V_FMA(a, b, c) ((v_reg)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define LOW(x) ((d_reg)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)(x))))
+#define WIDE(p) ((d_reg)_mm512_cvtps_pd(_mm256_loadu_ps(p)))
 #define HIGH(x) ((d_reg)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)(x), 1)))
 #define JOIN(low, high)                                                                                                    \
   ((v_reg)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)(low))), _mm512_cvtpd_ps((__m512d)(high)), 1))
@@ -162,6 +163,7 @@ typedef struct { d_ireg CHOOSE(MEMBERS_, D_COUNT); } dmask;
 #define MAX(a, b) ((v_reg)_mm256_max_ps((__m256)(b), (__m256)(a)))
 #define V_FMA(a, b, c) ((v_reg)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define LOW(x) ((d_reg)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(x))))
+#define WIDE(p) ((d_reg)_mm256_cvtps_pd(_mm_loadu_ps(p)))
 #define HIGH(x) ((d_reg)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(x), 1)))
 #define JOIN(low, high)                                                                                                    \
   ((v_reg)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)(low))), _mm256_cvtpd_ps((__m256d)(high)), 1))
@@ -176,6 +178,7 @@ typedef struct { d_ireg CHOOSE(MEMBERS_, D_COUNT); } dmask;
 #else
 #define MAX(a, b) ((v_reg)_mm_max_ps((__m128)(b), (__m128)(a)))
 #define LOW(x) ((d_reg)_mm_cvtps_pd((__m128)(x)))
+#define WIDE(p) ((d_reg)_mm_cvtps_pd(_mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)(p))))
 #define HIGH(x) ((d_reg)_mm_cvtps_pd(_mm_movehl_ps((__m128)(x), (__m128)(x))))
 #define JOIN(low, high) ((v_reg)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)(low)), _mm_cvtpd_ps((__m128d)(high))))
 #define STREAM(p, x) _mm_stream_ps(p, (__m128)(x))
@@ -188,6 +191,7 @@ typedef struct { d_ireg CHOOSE(MEMBERS_, D_COUNT); } dmask;
 #define MAX(a, b) ((v_reg)vbslq_f32(vcgtq_f32((float32x4_t)(b), (float32x4_t)(a)), (float32x4_t)(b), (float32x4_t)(a)))
 #define V_FMA(a, b, c) ((v_reg)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define LOW(x) ((d_reg)vcvt_f64_f32(vget_low_f32((float32x4_t)(x))))
+#define WIDE(p) ((d_reg)vcvt_f64_f32(vld1_f32(p)))
 #define HIGH(x) ((d_reg)vcvt_high_f64_f32((float32x4_t)(x)))
 #define JOIN(low, high) ((v_reg)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)(low)), (float64x2_t)(high)))
 #endif
@@ -330,6 +334,13 @@ INLINE vec v_from_doubles(doubles x) { return (vec){CHOOSE(PAIRS_, V_COUNT)(NARR
 #define V_STREAMED(m, i) STREAM(V_AT(p, i), x.m)
 INLINE vec v_load(const v_real *p) { return (vec){V_EACH(V_LOADED)}; }
 INLINE doubles d_load(const double *p) { return (doubles){D_EACH(D_LOADED)}; }
+/* d_load_reals(p) is v_to_doubles(v_load(p)), for which registers would be taken apart. */
+#if PYX_XENT_DOUBLE || PYX_XENT_PLAIN_C
+INLINE doubles d_load_reals(const v_real *p) { return v_to_doubles(v_load(p)); }
+#else
+#define D_WIDENED(m, i) WIDE(D_AT(p, i))
+INLINE doubles d_load_reals(const v_real *p) { return (doubles){D_EACH(D_WIDENED)}; }
+#endif
 INLINE void v_store(v_real *p, vec x) { V_EACH(V_STORED); }
 INLINE void d_store(double *p, doubles x) { D_EACH(D_STORED); }
 /* A non-temporal store, for results that nobody reads soon: it saves reading the lines that will be overwritten. */

@@ -37,6 +37,7 @@ cdef extern from "vectors.h" nogil:
     vec v_from_doubles(doubles)
     doubles d_set(double)
     doubles d_load(const double*)
+    doubles d_load_reals(const real*)
     void d_store(double*, doubles)
     doubles d_add(doubles, doubles)
     doubles d_sub(doubles, doubles)
