@@ -5,8 +5,8 @@
 # partial, and the caller folds the lanes of a result. So the constants of a row (scale, units, ...) come as a vec as well: one
 # for each lane of a tile, or the same in all.
 #
-# A sum adds GROUP vectors as a tree in real, and the groups in double: doubles with the compensation of Kahan, because 50,000
-# classes would cost 3 ULP. The order depends on nothing but the number of classes (SPEC S36).
+# A sum adds GROUP vectors as a tree in real, and the groups in double (few classes one by one): doubles with the compensation of
+# Kahan, because 50,000 classes would cost 3 ULP. The order depends on nothing but the number of classes (SPEC S36).
 
 cdef enum:
     GROUP = 8                     # vectors that are added in real before they go to doubles
@@ -137,6 +137,16 @@ cdef inline doubles total_of_steps(const real* x, Py_ssize_t groups, Py_ssize_t 
 cdef doubles total_of(const real* x, Py_ssize_t size) noexcept nogil:
     # -> the sum in each lane
     return total_of_steps(x, size // (GROUP * LANES), size, LANES)
+
+
+cdef doubles total_of_few(const real* x, Py_ssize_t classes) noexcept nogil:
+    # -> the sum in each lane of a tile, in double from the start: a few roundings of one row do not average out, and would cost
+    # its loss half a ULP.
+    cdef doubles total = d_set(0.0), lost = total
+    cdef Py_ssize_t c
+    for c in range(classes):
+        total = accumulate(total, d_load_reals(x + c * LANES), &lost)
+    return total
 
 
 cdef doubles total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:

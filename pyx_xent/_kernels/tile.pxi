@@ -112,7 +112,7 @@ cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept no
     exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached, False, False)
     if p.have_state:
         return
-    d_store(r.total, total_of(cached, size) if p.classes <= FEW_CLASSES else total_of_tile(cached, p.classes))
+    d_store(r.total, total_of_few(cached, p.classes) if p.classes <= FEW_CLASSES else total_of_tile(cached, p.classes))
     if not r.all_live:
         for l in range(LANES):
             r.total[l] = r.total[l] if r.live[l] else 1.0
