@@ -137,6 +137,28 @@ def test_loss_and_gradient_are_right_to_the_last_places(isa, dtype, name, kind, 
     assert ulps(grad, expected_grad, measured_at) <= ENTRY_ULP[dtype]
 
 
+@pytest.mark.spec("S13", "S34")
+@pytest.mark.parametrize("label_smoothing", [0, 0.1])
+@pytest.mark.parametrize("classes", [2, 10, 37, 100])
+@pytest.mark.parametrize("kind", ["spread 20", "offset 1e4", "gap 60"])
+def test_none_of_many_short_rows_loses_a_place(isa, rng, kind, classes, label_smoothing):
+    """Of a few rows, none may have the roundings that add up."""
+    logits = {"spread": 20, "offset": 5, "gap": 1}[kind.split()[0]] * rng.normal(size=(20_000, classes))
+    target = rng.integers(0, classes, len(logits))
+    own = np.arange(len(logits)), target
+    if kind == "gap 60":
+        logits[own] = logits.max(axis=1) + 60
+    logits = (logits + (1e4 if kind == "offset 1e4" else 0)).astype(np.float32)
+    wide = logits.astype(np.float64)
+    others = np.exp(wide - wide[own][:, None])
+    others[own] = 0
+    loss = np.log1p(others.sum(axis=1))
+    below = loss[:, None] + wide[own][:, None] - wide  # lse - x
+    expected = (1 - label_smoothing) * loss + label_smoothing * below.mean(axis=1)
+    found = px.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+    assert ulps(found, expected) <= LOSS_ULP[np.float32]
+
+
 @pytest.mark.spec("S34", "S37")
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("kind", ROWS)
