@@ -353,31 +353,6 @@ def build_ext(folder, **variables):
     )  # fmt: skip
 
 
-def test_build_without_openmp(tmp_path, rng):
-    """PYX_XENT_OPENMP=0: the same bits on one thread, and show_config says so."""
-    tree = source_tree(tmp_path / "tree", _dispatch.supported[-1])
-    build = build_ext(tree, PYX_XENT_OPENMP="0")
-    assert build.returncode == 0, build.stdout[-2000:] + build.stderr[-2000:]
-    logits, target = rng.normal(size=(400, 1000)).astype(np.float32), rng.integers(0, 1000, 400)
-    np.savez(tmp_path / "in.npz", logits=logits, target=target)
-    code = """if True:
-        import sys; sys.path.insert(0, sys.argv[1])
-        import numpy as np, pyx_xent as px
-        config = px.show_config()
-        assert str(px.__file__).startswith(sys.argv[1])
-        assert config["openmp"] == 0 and config["num_threads"] == 1 and config["openmp_library"] is None, config
-        assert config["num_threads_reason"] == "built without OpenMP"
-        given = np.load("in.npz")
-        loss, grad = px.cross_entropy_with_grad(given["logits"], given["target"], num_threads=4)
-        np.savez("out.npz", loss=loss, grad=grad)"""
-    run = subprocess.run([sys.executable, "-c", code, str(tree)], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    result = np.load(tmp_path / "out.npz")
-    loss, grad = px.cross_entropy_with_grad(logits, target)
-    assert same_bits(result["loss"], loss)
-    assert same_bits(result["grad"], grad)
-
-
 unix = pytest.mark.skipif(os.name != "posix", reason="flags of gcc and clang")
 FAST = "-O2 -ffast-math -funsafe-math-optimizations -fassociative-math -fno-signed-zeros -freciprocal-math -Ofast"
 EVERY_KIND_OF_VALUE = """if True:
@@ -413,36 +388,73 @@ EVERY_KIND_OF_VALUE = """if True:
     np.savez(sys.argv[2], *results)"""
 
 
-OTHER_BUILDS = {
-    "fast maths in CC, CFLAGS and LDFLAGS": (
-        _dispatch.supported[-1], {"CC": f"{COMPILER} -ffast-math", "CFLAGS": FAST, "LDFLAGS": "-ffast-math -Ofast"}
-    ),
-    "vectors.h in plain C, for a compiler without vector types": (
-        _dispatch.supported[0], {"CFLAGS": "-DPYX_XENT_PLAIN_C=1"}
-    ),
-}  # fmt: skip
-
-
-@unix
-@pytest.mark.parametrize(("isa", "variables"), OTHER_BUILDS.values(), ids=OTHER_BUILDS)
-def test_other_builds_have_the_same_bits(tmp_path, isa, variables):
-    tree = source_tree(tmp_path / "tree", isa)
+def built(folder, isa, **variables):
+    """A copy of the sources, built with kernels of one instruction set."""
+    tree = source_tree(folder, isa)
     result = build_ext(tree, **variables)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count(variables["CFLAGS"]) > 5
+    return str(tree)
+
+
+@pytest.fixture(scope="module")
+def plain_build(tmp_path_factory):
+    """As of a compiler without OpenMP and without vector types, so that vectors.h is plain C."""
+    folder = tmp_path_factory.mktemp("plain") / "tree"
+    return built(folder, _dispatch.supported[0], PYX_XENT_OPENMP="0", CFLAGS="-DPYX_XENT_PLAIN_C=1")
+
+
+def assert_bits_are_ours(other, isa, folder):
+    """Of results with every kind of value, from the build in `other`."""
     found = []
-    for folder in (PACKAGE.parent, tree):
-        file = tmp_path / f"{len(found)}.npz"
+    for tree in (PACKAGE.parent, other):
+        file = folder / f"{len(found)}.npz"
         run = subprocess.run(
-            [sys.executable, "-c", EVERY_KIND_OF_VALUE, str(folder), str(file)],
+            [sys.executable, "-c", EVERY_KIND_OF_VALUE, str(tree), str(file)],
             env={**os.environ, "PYX_XENT_ISA": isa}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         found.append(np.load(file))
-    ours, other = found
-    assert len(ours.files) == len(other.files) > 80
+    ours, theirs = found
+    assert len(ours.files) == len(theirs.files) > 80
     for name in ours.files:
-        assert same_bits(ours[name], other[name]), name
+        assert same_bits(ours[name], theirs[name]), name
+
+
+@unix
+def test_plain_c_has_the_bits_of_vectors(plain_build, tmp_path):
+    assert_bits_are_ours(plain_build, _dispatch.supported[0], tmp_path)
+
+
+@unix
+def test_fast_math_in_cc_cflags_and_ldflags_changes_no_bit(tmp_path):
+    isa = _dispatch.supported[-1]
+    flags = {"CC": f"{COMPILER} -ffast-math", "CFLAGS": FAST, "LDFLAGS": "-ffast-math -Ofast"}
+    assert_bits_are_ours(built(tmp_path / "tree", isa, **flags), isa, tmp_path)
+
+
+@unix
+def test_build_without_openmp(plain_build, tmp_path, rng):
+    """PYX_XENT_OPENMP=0: the same bits on one thread, and show_config says so."""
+    logits, target = rng.normal(size=(400, 1000)).astype(np.float32), rng.integers(0, 1000, 400)
+    np.savez(tmp_path / "in.npz", logits=logits, target=target)
+    code = """if True:
+        import sys; sys.path.insert(0, sys.argv[1])
+        import numpy as np, pyx_xent as px
+        config = px.show_config()
+        assert str(px.__file__).startswith(sys.argv[1])
+        assert config["openmp"] == 0 and config["num_threads"] == 1 and config["openmp_library"] is None, config
+        assert config["num_threads_reason"] == "built without OpenMP"
+        given = np.load("in.npz")
+        loss, grad = px.cross_entropy_with_grad(given["logits"], given["target"], num_threads=4)
+        np.savez("out.npz", loss=loss, grad=grad)"""
+    run = subprocess.run([sys.executable, "-c", code, plain_build], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    result = np.load(tmp_path / "out.npz")
+    with _dispatch.use(_dispatch.supported[0]):
+        loss, grad = px.cross_entropy_with_grad(logits, target)
+    assert same_bits(result["loss"], loss)
+    assert same_bits(result["grad"], grad)
 
 
 @unix
