@@ -320,11 +320,11 @@ cdef int set_class_weight(Call call) except -1:
     cdef Environment environment = enter_environment()
     try:
         call.class_weight = np.array(call.weight, float64 if call.problem.is_double else float32, order="C")
+        check_weight(call.class_weight, call.classes)     # again: now nobody else has it
+        call.problem.options.weight_sum = np.sum(call.class_weight, dtype=float64)
     finally:
         leave_environment(environment, NULL)
-    check_weight(call.class_weight, call.classes)     # again: now nobody else has it
     call.problem.options.weight = cnp.PyArray_DATA(call.class_weight)
-    call.problem.options.weight_sum = np.sum(call.class_weight, dtype=float64)
     return 0
 
 

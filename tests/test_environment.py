@@ -22,7 +22,12 @@ def everything(logits, target, soft, weight, threads):
     for reduction in ("none", "mean"):
         yield from px.cross_entropy_with_grad(logits, target, reduction=reduction, label_smoothing=0.1, **options)
         yield from px.cross_entropy_with_grad(logits, soft, reduction=reduction, **options)
-    yield from px.cross_entropy_with_grad(logits, target, weight=weight, **options)
+    of_rows = np.arange(1, len(target) + 1) / np.longdouble(3)  # rounded where they become float64
+    for how in ({"label_smoothing": 0.1}, {"sample_weight": of_rows, "z_loss": 0.01}, {"normalizer": 0.7, "grad_output": 0.3}):
+        yield from px.cross_entropy_with_grad(logits, target, weight=weight / np.longdouble(3), **how, **options)
+        if "z_loss" not in how:
+            yield from px.cross_entropy_with_grad(logits, soft, weight=weight, **how, **options)
+    yield from px.cross_entropy_with_grad(logits, target, reduction="none", grad_output=of_rows, **options)
     softmax = px.softmax(logits, **options)
     yield softmax
     yield px.log_softmax(logits, **options)
