@@ -56,7 +56,7 @@ AARCH64 ?=
 FREE_THREADED ?= $(shell command -v python3.14t || command -v python3.13t)
 trust: $(VENV)/trust
 	@for tool in valgrind qemu-x86_64 clang-19; do command -v $$tool >/dev/null || \
-	{ echo "$$tool is missing. Debian: apt install gcc valgrind qemu-user clang-19 libomp-19-dev"; exit 1; }; done
+	{ echo "$$tool is missing. Debian: apt install gcc valgrind qemu-user clang-19 libomp-19-dev libclang-rt-19-dev"; exit 1; }; done
 	set -e; for check in $(CHECKS); do $(BIN)/python -m trust $$check; done
 	$(BIN)/python -m trust emulate --aarch64 "$(AARCH64)"
 	$(BIN)/python -m trust free-threaded --python "$(FREE_THREADED)"
