@@ -48,7 +48,6 @@ NOT_EMULATED = {  # test: why it cannot pass under qemu-user
     "tests/test_environment.py::test_without_memory_for_the_gradient_all_stays_usable": "qemu ignores RLIMIT_AS",
 }
 SAME_BITS_AS = ("avx2", "avx512")  # those with FMA
-# {kernel module: functions whose innermost loops of float32 must be vector code without spills}
 THREADS = """
 import numpy as np, pyx_xent as px
 logits, target = np.random.default_rng(1).random((1000, 1000), np.float32), np.arange(1000)
@@ -195,10 +194,10 @@ def code(tree):
     """The kernels' machine code."""
     (file,) = (tree / "pyx_xent/_kernels").glob("neon_float.*aarch64*.so")
     found = disassembly.check(file, disassembly.AARCH64)
-    all = sum(found.values(), disassembly.Loop())
+    total = sum(found.values(), disassembly.Loop())
     yield (
         f"machine code of neon_float for aarch64: innermost loops of {len(found)} functions",
-        f"{all.vector} instructions of vectors, none of single numbers, {all.spills} that keep one on the stack",
+        f"{total.vector} instructions of vectors, none of single numbers, {total.spills} that keep one on the stack",
     )
 
 

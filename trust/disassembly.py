@@ -99,25 +99,22 @@ def counted(instructions, machine):
     return Loop(len(instructions), of(machine.vector), of(machine.scalar), of(machine.spill), of(machine.call))
 
 
-def loops(file, pattern, machine):
-    """{function: [Loop, ...]} of functions whose name has `pattern` (a regular expression), hot loops alone."""
-    found = {}
-    for name, instructions in functions(file, machine).items():
-        if re.search(pattern, name):
-            counts = [counted(loop, machine) for loop in innermost(instructions, machine)]
-            found[name] = [loop for loop in counts if loop.vector + loop.scalar > HOT * loop.size]
-    return found
+def hot_loops(instructions, machine):
+    """Of one function: each Loop that consists of arithmetic."""
+    counts = [counted(loop, machine) for loop in innermost(instructions, machine)]
+    return [loop for loop in counts if loop.vector + loop.scalar > HOT * loop.size]
 
 
 def check(file, machine, steps=STEPS):
     """{function: Loop of all its hot loops}; SystemExit if one is scalar, calls or spills, or if there is none for a step.
 
-    Hot are the innermost loops that consist of arithmetic, of functions that are named after one of `steps`.
+    Looked at are functions that are named after one of `steps`.
     """
     found, faults = {}, []
+    disassembled = functions(file, machine)
     for step in steps:
-        pattern = rf"(^|_){step}(\.|$)"
-        of_functions = {name: hot for name, hot in loops(file, pattern, machine).items() if hot}
+        of_step = [name for name in disassembled if re.search(rf"(^|_){step}(\.|$)", name)]
+        of_functions = {name: hot for name in of_step if (hot := hot_loops(disassembled[name], machine))}
         if not of_functions:
             faults.append(f"no function {step} has a hot loop")
         for name, hot in of_functions.items():
