@@ -102,12 +102,10 @@ cdef class Call:
         try:
             if self.reduction != NONE:
                 result = rounded_scalar(reduced(self), self.loss_dtype)
-            elif cnp.PyArray_NDIM(self.logits) == 1:
-                result = rounded_scalar(self.problem.loss[0], self.loss_dtype)
             else:
                 result = rounded(self.losses, self.loss_dtype)
                 if cnp.PyArray_NDIM(self.logits) != 2:
-                    result = result.reshape(loss_shape(self))
+                    result = result.reshape(loss_shape(self))[()]
         finally:
             leave_environment(environment, NULL)
         if self.out is None:

@@ -13,9 +13,10 @@ cdef enum:
     BETWEEN_SIGNALS = 1 << 27     # elements, some tenths of a second: then Ctrl-C is heard
     PARTS_OF_A_THREAD = 8         # even out ignored rows and a busy core
 
-# Nanoseconds that a number takes, roughly, for loss and gradient in float: for the number of threads only.
+# Nanoseconds that a number takes, roughly, for loss and gradient in float: for threads and their parts only. Smaller parts move
+# between the caches of cores: 256 x 1000 takes 1.2 times as long with parts of a microsecond.
 cdef dict NANOSECONDS = {"baseline": 1.5, "neon": 0.8, "avx2": 0.5, "avx512": 0.3}
-cdef double NANOSECONDS_WORTH_A_PART = 10000.0     # smaller ones move between the caches of cores: 256 x 1000 takes 1.2 times as long
+cdef double NANOSECONDS_WORTH_A_PART = 10000.0
 
 
 cdef Py_ssize_t rounded_up(Py_ssize_t size, Py_ssize_t step) noexcept:

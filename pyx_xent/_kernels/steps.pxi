@@ -190,7 +190,7 @@ cdef struct Coefficients:
     const real* weight            # NULL: 1
     const real* probabilities     # NULL: q' = 1
     double keep, spread
-    bint as_given                 # w q' is q
+    const real* given             # w q' where it is in memory as it is; NULL: it has to be computed
 
 
 cdef Coefficients coefficients_of(const Problem* p, const real* weight, const real* probabilities) noexcept nogil:
@@ -199,17 +199,19 @@ cdef Coefficients coefficients_of(const Problem* p, const real* weight, const re
     k.probabilities = probabilities
     k.keep = 1.0 - p.options.label_smoothing
     k.spread = p.options.label_smoothing / p.classes
-    k.as_given = weight == NULL and p.options.label_smoothing == 0
+    k.given = NULL
+    if probabilities == NULL:
+        k.given = weight
+    elif weight == NULL and p.options.label_smoothing == 0:
+        k.given = probabilities
     return k
 
 
 cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
     # Rounded once, and in one place, so that sum and gradient round alike. What is from `size` on means nothing.
     cdef doubles q
-    if k.probabilities == NULL:
-        return at(k.weight, i, size, 0)
-    if k.as_given:
-        return at(k.probabilities, i, size, 0)
+    if k.given != NULL:
+        return at(k.given, i, size, 0)
     q = d_fma(d_set(k.keep), v_to_doubles(at(k.probabilities, i, size, 0)), d_set(k.spread))
     if k.weight != NULL:
         q = d_mul(v_to_doubles(at(k.weight, i, size, 0)), q)
@@ -266,14 +268,9 @@ cdef Term class_term(
     bint ask_ahead,                           # in   for probabilities, see exponentials
 ) noexcept nogil:
     cdef Term sums
-    cdef const real* given = NULL             # w q' as it is in memory
     cdef doubles wide_m = v_to_doubles(m)
     cdef real left[LANES]
     cdef Py_ssize_t i = 0, l, end
-    if k.probabilities == NULL:
-        given = k.weight
-    elif k.as_given:
-        given = k.probabilities
     sums.term = sums.mass = sums.lost_term = sums.lost_mass = d_set(0.0)
     while i < size:
         # Up to the target's vector, and then from there on.
@@ -281,8 +278,8 @@ cdef Term class_term(
         while i < end:
             if ask_ahead:
                 v_prefetch(k.probabilities + i + SEGMENT)
-            if given != NULL:
-                add_class_term(&sums, d_load_reals(given + i), d_load_reals(x + i), wide_m)
+            if k.given != NULL:
+                add_class_term(&sums, d_load_reals(k.given + i), d_load_reals(x + i), wide_m)
             else:
                 add_class_term(&sums, v_to_doubles(coefficient(k, i, size)), d_load_reals(x + i), wide_m)
             i += LANES
@@ -338,7 +335,7 @@ cdef struct Entries:
 cdef inline vec entry(Entries e, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
     cdef vec x = at(e.x, i, size, 0), unit = e.unit
     if e.operation == CROSS_ENTROPY:
-        if e.coefficients.weight != NULL or e.coefficients.probabilities != NULL:
+        if e.coefficients.given != NULL or e.coefficients.probabilities != NULL:
             unit = v_mul(unit, coefficient(e.coefficients, i, size))
         return v_fma(e.scale, x, v_sub(v_set(0), unit))
     if e.operation == LOG_SOFTMAX:

@@ -92,7 +92,7 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
         d_store(r.term, distances(x, panel.weight, size, 0, m))
         return
     k = coefficients_of(p, panel.weight, other)
-    if not k.as_given:
+    if k.given == NULL:
         for c from 0 <= c < size by LANES:
             v_store(other + c, coefficient(k, c, size))
     for l in range(LANES):
@@ -100,7 +100,7 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
         if r.live[l] and r.target[l] >= 0:
             r.target_mass[l] = other[r.target[l] * LANES + l]
             other[r.target[l] * LANES + l] = 0
-    k.weight, k.probabilities = other, NULL
+    k.given = other
     sums = class_term(x, k, size, m, -1, False)
     d_store(r.term, sums.term)
     d_store(r.mass, sums.mass)
@@ -129,7 +129,7 @@ cdef void tile_gradient(const Problem* p, const Panel* panel, real* x, const rea
         e.operation = p.operation
         e.x = x
         e.y = NULL
-        e.coefficients.weight = panel.weight if p.target != NULL else other
+        e.coefficients.given = panel.weight if p.target != NULL else other
         e.coefficients.probabilities = NULL
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
