@@ -102,7 +102,7 @@ cdef int plan(Call call) except -1:
         plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
         area = plan.rows * plan.tile_classes
         plan.area[0] = area
-        plan.area[1] = area if p.other.data != NULL or p.operation == LOG_SOFTMAX else 0
+        plan.area[1] = area if p.other.data != NULL or p.operation == LOG_SOFTMAX or (p.operation == SOFTMAX and not few) else 0
         plan.area[2] = plan.area[3] = 0
         if p.options.weight != NULL:
             plan.weights = p.classes * lanes

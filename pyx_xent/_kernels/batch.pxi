@@ -109,7 +109,7 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
     if p.plan.tile_classes > 0:
         panel.rows = scratch.rows
         panel.x = scratch.area[0]
-        panel.other = scratch.area[1] if p.other.data != NULL or p.operation == LOG_SOFTMAX else NULL
+        panel.other = scratch.area[1] if p.plan.area[1] > 0 else NULL
         spread_weight(p, &panel, scratch.weight)
         zero_beyond_classes(p, &panel)
         while position < end:

@@ -16,7 +16,7 @@ cdef extern from *:
     #define BIAS (PYX_XENT_DOUBLE ? 1023 : 127)
     #define LOG2_E 1.4426950408889634074
     #define LN2 0.69314718055994530942
-    #define LN2_ERROR_32 -1.723944452561e-13 /* ln2 less the two floats that stand for it in exp_in */
+    #define LN2_32 (-0.69317626953125 + (double)0.000029088971304690583f) /* what stands for -ln2 in exp_in */
     /* Adding it to a number below 2^51 (2^22) rounds that number to an integer, which then stands in the lowest bits. */
     #define ROUNDER_64 6755399441055744.0 /* 1.5 * 2^52 */
     #define ROUNDER (PYX_XENT_DOUBLE ? ROUNDER_64 : 12582912.0)
@@ -25,7 +25,7 @@ cdef extern from *:
     const int BIAS
     const double LOG2_E
     const double LN2
-    const double LN2_ERROR_32
+    const double LN2_32
     const double ROUNDER_64
     const double ROUNDER
 
@@ -102,29 +102,50 @@ cdef inline vec exp_in(Units units, vec x) noexcept nogil:
     return v_mul(p, v_power(t))
 
 
-cdef inline doubles exp_in_double(vec x, doubles exponent) noexcept nogil:
-    # The row's exponential of x in double. The float one takes n times a rounded ln2 away, nearly the same n in a whole row.
-    cdef doubles wide = v_to_doubles(x), n
-    if not IS_DOUBLE:
-        wide = d_max(wide, d_set(-1e300))      # -inf less a number of its size would be NaN
-        n = d_sub(d_fma(wide, d_set(LOG2_E), d_set(ROUNDER_64)), d_set(ROUNDER_64))
-        wide = d_fma(n, d_set(LN2_ERROR_32), wide)
-    return exp_of_doubles(
-        wide, d_mul(d_sub(exponent, d_set(ROOM + 1023.0)), d_set(LN2)),
-        d_add(d_set(ROUNDER_64), d_sub(d_set(ROOM + 1023.0), exponent)),
-    )
+# What a row needs once, in double, is exact to 2^-34 where numbers are float.
+
+
+cdef inline doubles exp_once(doubles x, doubles exponent, double room) noexcept nogil:
+    # e^x * 2^(room - exponent), of a row's logit and in its units; or 1 over that, of all three with the other sign.
+    cdef doubles low = d_mul(d_sub(exponent, d_set(room + 1023.0)), d_set(LN2))
+    cdef doubles round_by = d_add(d_set(ROUNDER_64), d_sub(d_set(room + 1023.0), exponent)), t, r, p
+    if IS_DOUBLE:
+        return exp_of_doubles(x, low, round_by)
+    x = d_max(x, low)
+    t = d_fma(x, d_set(1.4426950408889634), round_by)
+    r = d_fma(d_sub(t, round_by), d_set(LN2_32), x)            # exp_in, too, takes n times this away: the others' terms do not differ
+    p = d_set(1.9790242704898970e-4)
+    p = d_fma(p, r, d_set(1.3944758424196788e-3))
+    p = d_fma(p, r, d_set(8.3334976755130206e-3))
+    p = d_fma(p, r, d_set(4.1666293637067751e-2))
+    p = d_fma(p, r, d_set(1.6666665864591920e-1))
+    p = d_fma(p, r, d_set(0.50000000680364920))
+    p = d_fma(p, r, d_set(1.0))
+    p = d_fma(p, r, d_set(1.0))
+    return d_mul(p, d_power(t))
 
 
 cdef inline doubles log1p_of(doubles u, doubles inverse) noexcept nogil:
     # in   u        finite and >= 0, or NaN
-    # in   inverse  1 / (1 + u), roughly: it multiplies what rounding 1 + u has lost, so that log1p(1e-30) is 1e-30
-    # z = 1 + u = (1 + f) 2^k, and log(1 + f) from s = f / (2 + f), as in fdlibm's log.
+    # in   inverse  1 / (1 + u), roughly: it multiplies what rounding 1 + u has lost, so that log1p(1e-30) is 1e-30; of double only,
+    #               because where numbers are float what is lost of more than 2 does not count
+    # z = 1 + u = (1 + f) 2^k, and log(1 + f) = 2 artanh(s) with s = f / (2 + f); in double with the terms as in fdlibm's log.
     cdef doubles z = d_add(d_set(1.0), u)
-    cdef doubles lost = d_mul(d_sub(u, d_sub(z, d_set(1.0))), inverse)
+    cdef doubles lost = d_sub(u, d_sub(z, d_set(1.0)))
     cdef doubles k = d_exponent(z), f = d_sub(d_significand(z), d_set(1.0))
     cdef doubles s = d_div(f, d_add(d_set(2.0), f)), w = d_mul(s, s)
-    cdef doubles half_square = d_mul(d_mul(d_set(0.5), f), f)
-    cdef doubles tail = d_set(0.1479350928984409592)
+    cdef doubles half_square, tail
+    if not IS_DOUBLE:
+        lost = d_select(d_greater(z, d_set(2.0)), d_set(0.0), lost)
+        tail = d_set(0.23580529813865835)
+        tail = d_fma(tail, w, d_set(0.28537422604987728))
+        tail = d_fma(tail, w, d_set(0.40000332740123886))
+        tail = d_fma(tail, w, d_set(0.66666665661119597))
+        tail = d_fma(tail, w, d_set(2.0))
+        return d_fma(k, d_set(LN2), d_fma(s, tail, lost))
+    lost = d_mul(lost, inverse)
+    half_square = d_mul(d_mul(d_set(0.5), f), f)
+    tail = d_set(0.1479350928984409592)
     tail = d_fma(tail, w, d_set(0.15314331657541134429))
     tail = d_fma(tail, w, d_set(0.18183551575610412651))
     tail = d_fma(tail, w, d_set(0.22222198861321990511))

@@ -1,19 +1,20 @@
 # What happens once a row happens for LANES rows at once: from a row's maximum, sum and target to its loss and to the numbers
 # that its gradient is made of. No loop over classes; every option of SPEC sections 4 to 7 is here and nowhere else.
 #
-# Each row has a target, whose exponential is left out of the sum, so that a row whose target has nearly all the probability
-# keeps the digits of the others: loss = log1p(total / its own), entry = -total / all. With class indices it is the labelled
-# class; with class probabilities, and for softmax, it is the first of the largest.
+# Each row of a loss has a target, whose exponential is left out of the sum, so that a row whose target has nearly all the
+# probability keeps the digits of the others: loss = log1p(total / its own), entry = -total / all. With class indices it is the
+# labelled class; with class probabilities it is the first of the largest. For log_softmax one of the largest is left out.
 
 cdef struct Rows:
     # in   of LANES rows, all in the units of the row (exp.pxi)
     bint all_live
     bint live[LANES]              # not an ignored row, and not beyond the last one
     Py_ssize_t target[LANES]      # -1: none
+    real index[LANES]             # the target as a real; -1: none
     real maximum[LANES]
     real base[LANES]              # already subtracted from the logits; 0 but for very large ones
     real target_logit[LANES]      # -inf if there is no target
-    double total[LANES]           # the sum of the exponentials without the target's
+    double total[LANES]           # the sum of the exponentials without the target's; for softmax of all
     double term[LANES]            # Σ w q' (maximum - x), class probabilities without the target
     double mass[LANES]            # Σ w q', likewise
     double target_mass[LANES]     # w q' of the target
@@ -34,15 +35,20 @@ cdef int start_rows(const Problem* p, Rows* r, Py_ssize_t position, int rows) no
         memcpy(r.target, p.target + position, sizeof(r.target))
         for l in range(LANES):
             r.live[l] = r.target[l] >= 0
+    elif p.target != NULL:
+        for l in range(LANES):
+            r.target[l] = p.target[position + l] if l < rows else -1
+            r.live[l] = r.target[l] >= 0
     else:
         for l in range(LANES):
-            r.target[l] = p.target[position + l] if l < rows and p.target != NULL else -1
-            r.live[l] = l < rows and (p.target == NULL or r.target[l] >= 0)
+            r.target[l] = -1
+            r.live[l] = l < rows
     if p.options.sample_weight != NULL:
         for l in range(rows):
             r.live[l] = r.live[l] and p.options.sample_weight[position + l] != 0
     for l in range(LANES):
         live += r.live[l]
+        r.index[l] = <real>r.target[l] if r.live[l] else -1
     r.all_live = live == LANES
     return live
 
@@ -55,24 +61,28 @@ cdef inline doubles without_nan_sign(doubles x) noexcept nogil:
     return d_select(d_equal(x, x), x, d_set(NAN))
 
 
-cdef void put_scale(Rows* r, doubles scale, doubles unit, doubles at_target) noexcept nogil:
-    cdef doubles tiny = d_set(1e-307 if IS_DOUBLE else 1e-37), power, zero = d_set(0.0), check
-    cdef dmask small = d_greater(tiny, d_abs(scale))
-    cdef vec rounded
-    scale = without_nan_sign(scale)
+cdef void put_numbers_of_entries(Rows* r, doubles scale, doubles unit) noexcept nogil:
+    cdef vec rounded = v_from_doubles(without_nan_sign(scale))
+    cdef doubles check = v_to_doubles(rounded)
     unit = without_nan_sign(unit)
-    r.has_small = d_any(d_greater(d_select(small, d_abs(scale), zero), zero))
-    if r.has_small:                           # the power of two goes to the exponentials, which is exact
+    v_store(r.scale, rounded)
+    v_store(r.unit, v_from_doubles(unit))
+    r.has_small = False
+    check = d_add(d_sub(check, check), d_sub(unit, unit))
+    r.has_irregular = d_any(d_unequal(check, d_set(0.0)))
+
+
+cdef void put_scale(Rows* r, doubles scale, doubles unit, doubles at_target) noexcept nogil:
+    cdef doubles tiny = d_set(1e-307 if IS_DOUBLE else 1e-37), power, zero = d_set(0.0)
+    cdef dmask small = d_greater(tiny, d_abs(scale))
+    cdef bint has_small = d_any(d_greater(d_select(small, d_abs(scale), zero), zero))
+    if has_small:                             # the power of two goes to the exponentials, which is exact
         power = d_set(2.0 ** -300 if IS_DOUBLE else 2.0 ** -64)
         v_store(r.damp, v_from_doubles(d_select(small, power, d_set(1.0))))
         scale = d_select(small, d_div(scale, power), scale)
-    rounded = v_from_doubles(scale)
-    v_store(r.scale, rounded)
-    v_store(r.unit, v_from_doubles(unit))
+    put_numbers_of_entries(r, scale, unit)
     v_store(r.at_target, v_from_doubles(without_nan_sign(at_target)))
-    check = v_to_doubles(rounded)
-    check = d_add(d_sub(check, check), d_sub(unit, unit))
-    r.has_irregular = d_any(d_unequal(check, zero))
+    r.has_small = has_small
 
 
 cdef void put_numbers(const Rows* r, int rows, doubles numbers, double* out) noexcept nogil:
@@ -87,10 +97,40 @@ cdef void put_numbers(const Rows* r, int rows, doubles numbers, double* out) noe
         out[l] = all[l] if r.live[l] else 0.0
 
 
-cdef inline doubles log_of_sum(doubles total, doubles of_target, vec maximum, doubles exponent, doubles inverse) noexcept nogil:
-    # log of the sum of e^(x - maximum): log1p(total / of_max) where the maximum is the target, without losing a digit
-    cdef doubles of_max = exp_in_double(maximum, exponent)
-    cdef doubles rest = d_sub(d_div(of_target, of_max), d_set(1.0))
+cdef struct Left:
+    # Of the term that is left out of the sum
+    doubles odds                  # the sum over it
+    doubles share                 # what it is of all
+    doubles inverse               # 1 / (the sum and it)
+    doubles every                 # the sum and it; of double only
+    doubles beyond                # how far its logit lies further below the maximum than odds can tell
+
+
+cdef inline Left left_out(doubles total, doubles y, doubles m, doubles exponent) noexcept nogil:
+    # in   y, m   its logit, and the maximum
+    cdef Left left
+    cdef doubles near = d_max(y, d_sub(m, d_set(600.0))), zero = d_set(0.0), one = d_set(1.0), own
+    left.beyond = d_sub(near, y)
+    if IS_DOUBLE:
+        own = exp_once(y, exponent, ROOM)
+        left.every = d_add(total, own)
+        left.inverse = d_div(one, left.every)
+        left.share = d_mul(own, left.inverse)
+        if d_any(d_unequal(left.beyond, zero)):
+            own = exp_once(near, exponent, ROOM)
+        left.odds = d_div(total, own)
+    else:
+        own = exp_once(d_sub(zero, near), d_sub(zero, exponent), -ROOM)
+        left.odds = d_mul(total, own)
+        left.share = d_div(one, d_add(one, left.odds))
+        left.inverse = left.every = d_mul(own, left.share)
+    return left
+
+
+cdef inline doubles log_of_sum(doubles total, doubles y, doubles m, doubles exponent, doubles inverse) noexcept nogil:
+    # log of the sum of e^(x - m): log1p(total / of_max) where the maximum m is the target, without losing a digit
+    cdef doubles of_max = exp_once(m, exponent, ROOM)
+    cdef doubles rest = d_sub(d_div(exp_once(y, exponent, ROOM), of_max), d_set(1.0))
     return log1p_of(d_add(d_div(total, of_max), rest), d_mul(of_max, inverse))
 
 
@@ -123,31 +163,25 @@ cdef inline bint has_class_term(const Problem* p) noexcept nogil:
 cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r) noexcept nogil:
     # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the target's entry.
     cdef bint soft = p.target == NULL, class_term = has_class_term(p), has_z = p.options.z_loss != 0
-    cdef vec m = v_load(r.maximum), k = exponent_of(m), y = v_load(r.target_logit)
-    cdef doubles exponent = v_to_doubles(k), one = d_set(1.0), zero = d_set(0.0)
-    cdef doubles total = d_load(r.total), of_target = exp_in_double(y, exponent)
-    cdef doubles every = d_add(total, of_target), inverse = d_div(one, every), share = d_mul(total, inverse)
-    cdef doubles above = d_sub(v_to_doubles(y), v_to_doubles(m)), near_zero = d_set(-600.0)
-    cdef doubles log_total = zero, loss = zero, rest = zero, lse, sample, g, a, at_target, hard, weight, spread, scale
-    # so far below the maximum that the exponential may be no normal number
-    cdef bint far = not soft and d_any(d_equal(d_select(d_greater(above, near_zero), one, zero), zero))
+    cdef vec maximum = v_load(r.maximum)
+    cdef doubles m = v_to_doubles(maximum), exponent = v_to_doubles(exponent_of(maximum)), zero = d_set(0.0)
+    cdef doubles total = d_load(r.total), y = v_to_doubles(v_load(r.target_logit)), rest = zero, weight = zero, spread = zero
+    cdef doubles log_total = zero, loss, lse, sample, g, a, at_target, hard = zero, share, scale
+    cdef Left left = left_out(total, y, m, exponent)
     sample = of_positions(p.options.sample_weight, position, rows)
-    if class_term or has_z or far:
-        log_total = log_of_sum(total, of_target, m, exponent, inverse)
-    hard = zero
-    weight = zero
-    if not soft:
+    loss = log1p_of(left.odds, left.share)
+    if soft:
+        log_total = loss
+    else:
+        if class_term or has_z:
+            log_total = log_of_sum(total, y, m, exponent, left.inverse)
         weight = target_weights(p, r)
         hard = d_mul(d_set(1.0 - p.options.label_smoothing), weight)
-        loss = log1p_of(d_div(total, of_target), d_mul(of_target, inverse))
-        if far:
-            loss = d_select(d_greater(above, near_zero), loss, d_sub(log_total, above))
-        loss = d_mul(hard, loss)
+    loss = d_mul(hard, d_add(loss, left.beyond))
     at_target = hard
-    spread = zero
     if class_term:
         if soft:
-            spread, weight, rest = one, d_load(r.target_mass), d_load(r.mass)
+            spread, weight, rest = d_set(1.0), d_load(r.target_mass), d_load(r.mass)
             a = d_add(rest, weight)
         else:
             spread, a = d_set(p.options.label_smoothing / p.classes), d_set(p.options.weight_sum)
@@ -156,13 +190,13 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
         rest = d_mul(spread, rest)
         at_target = d_fma(spread, weight, at_target)
     if has_z:
-        lse = d_add(d_add(v_to_doubles(m), v_to_doubles(v_load(r.base))), log_total)
+        lse = d_add(d_add(m, v_to_doubles(v_load(r.base))), log_total)
         loss = d_fma(d_set(p.options.z_loss), d_mul(lse, lse), loss)
         rest = d_fma(d_set(2.0 * p.options.z_loss), lse, rest)
     if p.loss != NULL:
         put_numbers(r, rows, without_nan_sign(d_mul(sample, loss)), p.loss + position)
     if p.row_max != NULL and not p.have_state:
-        put_numbers(r, rows, d_add(v_to_doubles(m), v_to_doubles(v_load(r.base))), p.row_max + position)
+        put_numbers(r, rows, d_add(m, v_to_doubles(v_load(r.base))), p.row_max + position)
         put_numbers(r, rows, total, p.row_total + position)
     if p.out.data == NULL:
         return
@@ -170,35 +204,27 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
     g = d_mul(d_mul(d_set(p.options.grad_scale), sample), of_positions(p.options.grad_output, position, rows))
     # a p - (the target's own part), from the others' share where p is near 1
     a = d_add(at_target, rest)
+    share = d_mul(total, left.inverse)
     at_target = d_select(
-        d_greater(share, d_set(0.5)), d_sub(d_mul(a, d_mul(of_target, inverse)), at_target), d_sub(rest, d_mul(a, share))
+        d_greater(share, d_set(0.5)), d_sub(d_mul(a, left.share), at_target), d_sub(rest, d_mul(a, share))
     )
-    scale = d_div(d_mul(g, a), every) if IS_DOUBLE else d_mul(d_mul(g, a), inverse)
+    scale = d_div(d_mul(g, a), left.every) if IS_DOUBLE else d_mul(d_mul(g, a), left.inverse)
     put_scale(r, scale, d_mul(g, spread), d_mul(g, at_target))
 
 
 cdef void softmax_of_rows(const Problem* p, Rows* r) noexcept nogil:
-    cdef vec m = v_load(r.maximum), k = exponent_of(m)
-    cdef doubles exponent = v_to_doubles(k), total = d_load(r.total)
-    cdef doubles of_target = exp_in_double(v_load(r.target_logit), exponent), zero = d_set(0.0)
-    cdef doubles inverse = d_div(d_set(1.0), d_add(total, of_target))
-    if p.operation == LOG_SOFTMAX:
-        inverse = log_of_sum(total, of_target, m, exponent, inverse)
-        put_scale(r, inverse, v_to_doubles(m), d_sub(zero, inverse))
-        r.has_small = False
-        v_store(r.scale, v_from_doubles(without_nan_sign(inverse)))
-    else:
-        put_scale(r, inverse, zero, d_mul(of_target, inverse))
+    # Of log_softmax: scale is the log of the sum of e^(x - unit).
+    cdef vec maximum = v_load(r.maximum)
+    cdef doubles m = v_to_doubles(maximum), total = d_load(r.total)
+    cdef Left left
+    if p.operation == SOFTMAX:
+        put_numbers_of_entries(r, d_div(d_set(1.0), total), d_set(0.0))
+        return
+    left = left_out(total, m, m, v_to_doubles(exponent_of(maximum)))
+    put_numbers_of_entries(r, log1p_of(left.odds, left.share), m)
 
 
-cdef void backward_of_rows(const Problem* p, Rows* r) noexcept nogil:
-    # Of softmax: unit is the sum of products. Of log_softmax: the sum of the upstream gradient, times e^output in the units of
-    # the output's maximum, a power of two apart.
-    cdef double exponent[LANES]
-    cdef int l
-    d_store(exponent, v_to_doubles(exponent_of(v_load(r.maximum))))
-    for l in range(LANES):
-        exponent[l] = r.total[l] * power_of_two(exponent[l])
-    put_scale(r, d_load(exponent), d_load(r.total), d_set(0.0))
-    r.has_small = False
-    v_store(r.scale, v_from_doubles(d_load(exponent)))
+cdef void backward_of_rows(Rows* r) noexcept nogil:
+    # unit is the sum of products for softmax, scale that of the upstream gradient for log_softmax.
+    cdef doubles total = d_load(r.total)
+    put_numbers_of_entries(r, total, total)

@@ -67,13 +67,13 @@ cdef inline real one_of(vec lanes) noexcept nogil:
 
 cdef Py_ssize_t position_of(const real* x, Py_ssize_t size, real value) noexcept nogil:
     # The first; -1: none
-    cdef Py_ssize_t i, c
+    cdef Py_ssize_t i
     cdef vec wanted = v_set(value)
+    cdef mask found
     for i from 0 <= i < size by LANES:
-        if v_any(v_equal(at(x, i, size, NAN), wanted)):
-            for c in range(i, size):
-                if x[c] == value:
-                    return c
+        found = v_equal(at(x, i, size, NAN), wanted)
+        if v_any(found):
+            return i + v_first(found)
     return -1
 
 
@@ -160,14 +160,14 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
         cached[target] = 0
     s.total = fold(total_of(cached, size))
     if p.target == NULL and target >= 0:
-        cached[target] = <real>s.own              # of a segment that is not the row's largest it is an entry like the others
+        cached[target] = <real>s.own              # of softmax, and of a segment that is not the row's largest, it is an entry
 
 
 cdef void sum_segment_backward(const Problem* p, const Batch* b, int l, Py_ssize_t segment) noexcept nogil:
     cdef Py_ssize_t start = segment * SEGMENT, size = segment_size(p.classes, segment)
     cdef Segment* s = b.segments + l * segments_of(p.classes) + segment
     cdef const real* x = b.x[l] + start
-    s.maximum = v_fold_max(maximum(x, size)) if p.operation == LOG_SOFTMAX_BACKWARD else 0
+    s.maximum = 0
     s.total = fold(dot(x, b.other[l] + start, size) if p.operation == SOFTMAX_BACKWARD else total_of(b.other[l] + start, size))
 
 
@@ -205,7 +205,7 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
     for i in range(count):
         power = power_of_two(<double>s[i].exponent - <double>exponent) if s[i].exponent != exponent else 1.0
         add_to(&total, s[i].total * power, &lost)
-        if s + i != largest:
+        if s + i != largest or p.operation == SOFTMAX:
             add_to(&total, s[i].own * power, &lost)
     r.total[l] = total
     if p.target == NULL:
@@ -227,6 +227,15 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
     r.target_mass[l] = largest.row.target_mass
 
 
+cdef void sum_short_rows_backward(const Problem* p, Batch* b) noexcept nogil:
+    cdef int l
+    for l in range(b.count):
+        if p.operation == SOFTMAX_BACKWARD:
+            b.rows.total[l] = fold(dot(b.x[l], b.other[l], p.classes))
+        else:
+            b.rows.total[l] = fold(total_of(b.other[l], p.classes))
+
+
 cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept nogil:
     # Maximum, class term, exponentials and their sum, as in a tile. The state of an earlier call stands for maximum and sum.
     cdef Rows* r = &b.rows
@@ -238,6 +247,7 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
     cdef Units units
     cdef real low[LANES]
     cdef real round_by[LANES]
+    cdef real own[LANES]
     cdef RowTerm row
     cdef int l, c
     for l in range(LANES):
@@ -279,10 +289,14 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
             units.round_by = v_set(round_by[l])
             exponentials(b.x[l], classes, units, b.summed[l], False, lies_as_rows(&p.logits))
             if r.target[l] >= 0:
+                own[l] = b.summed[l][r.target[l]]
                 b.summed[l][r.target[l]] = 0
     for l in range(b.count):
         if r.live[l]:
             r.total[l] = fold(total_of(b.summed[l], classes))
+            if p.operation == SOFTMAX and r.target[l] >= 0:
+                r.total[l] += own[l]
+                b.summed[l][r.target[l]] = own[l]
 
 
 cdef bint move_row(const Problem* p, Batch* b, int l, real* to) noexcept nogil:
@@ -312,8 +326,8 @@ cdef void other_entries(const Problem* p, const Batch* b, int l, Py_ssize_t star
     e.y = b.other[l] + start if b.other[l] != NULL else NULL
     e.scale = v_set(r.scale[l])
     e.unit = v_set(r.unit[l])
-    e.units = units_of(exponent_of(v_set(r.maximum[l])), 0)
-    entries(e, size, b.out[l] + start, stream)
+    e.units = units_of(v_set(0), 0)
+    entries(&e, size, b.out[l] + start, stream)
 
 
 cdef void class_term_entries(
@@ -326,7 +340,7 @@ cdef void class_term_entries(
     e.coefficients = coefficients
     e.scale = v_set(scale)
     e.unit = v_set(unit)
-    entries(e, size, out, stream)
+    entries(&e, size, out, stream)
 
 
 cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segment, real* discarded) noexcept nogil:
@@ -366,7 +380,7 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
 cdef void finish_row(const Problem* p, const Batch* b, int l) noexcept nogil:
     if b.rows.has_irregular:
         finished(b.out[l], p.classes, v_set(1))
-    if not is_backward(p) and b.rows.target[l] >= 0:
+    if p.operation == CROSS_ENTROPY and b.rows.target[l] >= 0:
         b.out[l][b.rows.target[l]] = b.rows.at_target[l]
 
 
@@ -413,7 +427,7 @@ cdef void take_state(const Problem* p, Batch* b, int l) noexcept nogil:
 cdef void row_numbers(const Problem* p, Batch* b) noexcept nogil:
     # From sums to what the entries are made of.
     if is_backward(p):
-        backward_of_rows(p, &b.rows)
+        backward_of_rows(&b.rows)
     elif p.operation == CROSS_ENTROPY:
         loss_of_rows(p, b.position, b.count, &b.rows)
     else:
@@ -449,9 +463,12 @@ cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real*
     for l in range(b.count):
         if b.rows.live[l] and b.rows.target[l] >= 0:
             b.rows.target_logit[l] = b.x[l][b.rows.target[l]]
-    if p.classes <= SHORT_CLASSES and not is_backward(p):
-        sum_short_rows(p, b, moved_to)
+    if p.classes <= SHORT_CLASSES:
         summed = True
+        if is_backward(p):
+            sum_short_rows_backward(p, b)
+        else:
+            sum_short_rows(p, b, moved_to)
     for l in range(b.count):
         if summed or not b.rows.live[l]:
             continue

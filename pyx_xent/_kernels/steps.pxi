@@ -107,6 +107,25 @@ cdef vec exponentials(
     return m
 
 
+cdef vec leave_out(const real* cached, Py_ssize_t size, vec largest, real* to) noexcept nogil:
+    # to = cached, whole vectors, but 0 where that is `largest`. -> how many were, in each lane
+    # A rounding of the sum beside the largest would cost the others 2 ULP, and the logarithm of a sum near it all its digits.
+    cdef vec count = v_set(0), value
+    cdef mask found
+    cdef Py_ssize_t i
+    for i from 0 <= i < size by LANES:
+        value = v_load(cached + i)
+        found = v_equal(value, largest)
+        count = v_add(count, v_select(found, v_set(1), v_set(0)))
+        v_store(to + i, v_select(found, v_set(0), value))
+    return count
+
+
+cdef inline doubles with_equals(doubles total, vec count, vec largest) noexcept nogil:
+    # ... and all that were left out but one.
+    return d_fma(d_sub(v_to_doubles(count), d_set(1.0)), v_to_doubles(largest), total)
+
+
 cdef inline vec tree(const real* x, Py_ssize_t step) noexcept nogil:
     cdef vec a = v_add(v_load(x), v_load(x + step))
     cdef vec b = v_add(v_load(x + 2 * step), v_load(x + 3 * step))
@@ -332,32 +351,45 @@ cdef struct Entries:
     vec unit
 
 
-cdef inline vec entry(Entries e, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
+cdef inline vec entry(Operation operation, const Entries* e, Py_ssize_t i, Py_ssize_t size) noexcept nogil:
     cdef vec x = at(e.x, i, size, 0), unit = e.unit
-    if e.operation == CROSS_ENTROPY:
+    if operation == CROSS_ENTROPY:
         if e.coefficients.given != NULL or e.coefficients.probabilities != NULL:
             unit = v_mul(unit, coefficient(e.coefficients, i, size))
         return v_fma(e.scale, x, v_sub(v_set(0), unit))
-    if e.operation == LOG_SOFTMAX:
+    if operation == LOG_SOFTMAX:
         return v_sub(v_sub(x, unit), e.scale)
-    if e.operation == SOFTMAX_BACKWARD:
+    if operation == SOFTMAX_BACKWARD:
         return v_mul(x, v_sub(at(e.y, i, size, 0), unit))
     return v_fma(v_sub(v_set(0), e.scale), exp_in(e.units, x), at(e.y, i, size, 0))
 
 
-cdef void entries(Entries e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
-    # out may be e.x or e.y
+cdef inline void entries_of(Operation operation, const Entries* e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
     cdef Py_ssize_t i = to_line(out, size) if stream else 0
     if i > 0:
-        v_store_first(out, entry(e, 0, size), <int>i)
-    while i + LANES <= size:
-        if stream:
-            v_stream(out + i, entry(e, i, size))
-        else:
-            v_store(out + i, entry(e, i, size))
-        i += LANES
+        v_store_first(out, entry(operation, e, 0, size), <int>i)
+    if stream:
+        while i + LANES <= size:
+            v_stream(out + i, entry(operation, e, i, size))
+            i += LANES
+    else:
+        while i + LANES <= size:
+            v_store(out + i, entry(operation, e, i, size))
+            i += LANES
     if i < size:
-        v_store_first(out + i, entry(e, i, size), <int>(size - i))
+        v_store_first(out + i, entry(operation, e, i, size), <int>(size - i))
+
+
+cdef void entries(const Entries* e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
+    # out may be e.x or e.y. A loop for each operation, which then is a constant there.
+    if e.operation == CROSS_ENTROPY:
+        entries_of(CROSS_ENTROPY, e, size, out, stream)
+    elif e.operation == LOG_SOFTMAX:
+        entries_of(LOG_SOFTMAX, e, size, out, stream)
+    elif e.operation == SOFTMAX_BACKWARD:
+        entries_of(SOFTMAX_BACKWARD, e, size, out, stream)
+    else:
+        entries_of(LOG_SOFTMAX_BACKWARD, e, size, out, stream)
 
 
 cdef void multiplied(real* x, Py_ssize_t size, real factor) noexcept nogil:

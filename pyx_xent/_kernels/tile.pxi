@@ -63,12 +63,42 @@ cdef void tile_largest(const real* x, Py_ssize_t classes, Rows* r) noexcept nogi
     v_store(largest, found)
     for l in range(LANES):
         r.target[l] = <Py_ssize_t>largest[l]
+        r.index[l] = largest[l] if r.live[l] else -1
+
+
+cdef enum:
+    COMPARED_CLASSES = 16         # to compare each of so few with the target takes less time than finding one number in each lane
+
+
+cdef inline vec tile_chosen(const real* x, Py_ssize_t classes, vec index) noexcept nogil:
+    # -> the target's number in each lane; -inf where there is no target
+    cdef vec found = v_set(-INFINITY)
+    cdef Py_ssize_t c
+    for c in range(classes):
+        found = v_select(v_equal(index, v_set(<real>c)), v_load(x + c * LANES), found)
+    return found
+
+
+cdef inline void tile_replace(real* x, Py_ssize_t classes, vec index, vec by) noexcept nogil:
+    # in/out   x   the target's number in each lane
+    cdef Py_ssize_t c
+    for c in range(classes):
+        v_store(x + c * LANES, v_select(v_equal(index, v_set(<real>c)), by, v_load(x + c * LANES)))
 
 
 cdef void tile_target(const Problem* p, const real* x, Rows* r) noexcept nogil:
     cdef int l
+    if p.operation != CROSS_ENTROPY:
+        if not r.all_live:
+            for l in range(LANES):
+                r.maximum[l] = r.maximum[l] if r.live[l] else 0
+        return
     if p.target == NULL:
         tile_largest(x, p.classes, r)
+    elif p.classes <= COMPARED_CLASSES:
+        v_store(r.target_logit, tile_chosen(x, p.classes, v_load(r.index)))
+        if r.all_live:
+            return
     elif r.all_live:
         for l in range(LANES):
             r.target_logit[l] = x[r.target[l] * LANES + l]
@@ -106,13 +136,28 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
     d_store(r.mass, sums.mass)
 
 
-cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept nogil:
+cdef void tile_sum(const Problem* p, real* x, real* cached, real* summed, Rows* r) noexcept nogil:
+    # out   summed   without the largest, of softmax and log_softmax; may be `cached`, but of more than few classes of softmax
     cdef Py_ssize_t size = p.classes * LANES
+    cdef bint without = p.operation == LOG_SOFTMAX or (p.operation == SOFTMAX and p.classes > FEW_CLASSES)
     cdef int l
-    exponentials(x, size, units_of(exponent_of(v_load(r.maximum)), ROOM), cached, False, False)
+    cdef vec m = v_load(r.maximum), count = v_set(1), largest = count
+    cdef Units units = units_of(exponent_of(m), ROOM)
+    cdef doubles total
+    exponentials(x, size, units, cached, False, False)
     if p.have_state:
         return
-    d_store(r.total, total_of_few(cached, p.classes) if p.classes <= FEW_CLASSES else total_of_tile(cached, p.classes))
+    if without:
+        largest = exp_in(units, m)
+        count = leave_out(cached, size, largest, summed)
+    else:
+        summed = cached
+    total = total_of_few(summed, p.classes) if p.classes <= FEW_CLASSES else total_of_tile(summed, p.classes)
+    if without:
+        total = with_equals(total, count, largest)
+        if p.operation == SOFTMAX:
+            total = d_add(total, v_to_doubles(largest))
+    d_store(r.total, total)
     if not r.all_live:
         for l in range(LANES):
             r.total[l] = r.total[l] if r.live[l] else 1.0
@@ -133,7 +178,7 @@ cdef void tile_gradient(const Problem* p, const Panel* panel, real* x, const rea
         e.coefficients.probabilities = NULL
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
-        entries(e, size, x, False)
+        entries(&e, size, x, False)
     else:
         scaled(x, size, v_load(r.scale), x, False)
 
@@ -162,9 +207,12 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         tile_target(p, x, r)
         if has_term:
             tile_class_term(p, panel, x, panel.other + t * size if panel.other != NULL else NULL, r)
-    for t in range(tiles):
+    for t in range(tiles if p.operation == CROSS_ENTROPY else 0):
         r = panel.rows + t
         x = panel.x + t * size
+        if p.classes <= COMPARED_CLASSES:
+            tile_replace(x, p.classes, v_load(r.index), v_set(-INFINITY))
+            continue
         for l in range(LANES):
             if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
                 x[r.target[l] * LANES + l] = -INFINITY
@@ -172,7 +220,7 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         r = panel.rows + t
         x = panel.x + t * size
         other = panel.other + t * size if panel.other != NULL else NULL
-        tile_sum(p, x, other if logarithm else x, r)
+        tile_sum(p, x, other if logarithm else x, other, r)
         if p.operation == CROSS_ENTROPY:
             loss_of_rows(p, position + t * LANES, <int>min(<Py_ssize_t>LANES, rows - t * LANES), r)
         else:
@@ -180,11 +228,14 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         if p.out.data != NULL:
             tile_gradient(p, panel, x, other, r)
             tile_finished(p, x, r)
-    if p.out.data == NULL:
+    if p.out.data == NULL or p.operation != CROSS_ENTROPY:
         return
     for t in range(tiles):
         r = panel.rows + t
         x = panel.x + t * size
+        if p.classes <= COMPARED_CLASSES:
+            tile_replace(x, p.classes, v_load(r.index), v_load(r.at_target))
+            continue
         for l in range(LANES):
             if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
                 x[r.target[l] * LANES + l] = r.at_target[l]
@@ -196,17 +247,16 @@ cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexce
     cdef Rows* r
     cdef Entries e
     e.operation = p.operation
+    e.units = units_of(v_set(0), 0)
     for t in range(tiles):
         r = panel.rows + t
         e.x = panel.x + t * size
         e.y = panel.other + t * size
-        v_store(r.maximum, maximum(e.x, size))
         d_store(r.total, dot(e.x, e.y, size) if p.operation == SOFTMAX_BACKWARD else total_of(e.y, size))
-        backward_of_rows(p, r)
-        e.units = units_of(exponent_of(v_load(r.maximum)), 0)
+        backward_of_rows(r)
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
-        entries(e, size, panel.x + t * size, False)
+        entries(&e, size, panel.x + t * size, False)
         tile_finished(p, panel.x + t * size, r)
 
 

@@ -408,6 +408,15 @@ INLINE v_real v_fold_max(vec x) {
   return lanes[0];
 #endif
 }
+/* The first lane that is chosen; LANES: none. */
+INLINE int v_first(mask k) {
+  static const v_real lanes_from_there_on[] = {
+#if !PYX_XENT_DOUBLE
+    16, 15, 14, 13, 12, 11, 10, 9,
+#endif
+    8, 7, 6, 5, 4, 3, 2, 1};
+  return LANES - (int)v_fold_max(v_select(k, v_load(lanes_from_there_on), v_set(0)));
+}
 INLINE double d_fold_add(doubles x) {
   double lanes[LANES];
   int l, half = LANES / 2;

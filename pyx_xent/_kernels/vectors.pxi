@@ -28,6 +28,7 @@ cdef extern from "vectors.h" nogil:
     vec v_power(vec)              # two to the number in the lowest bits
     mask v_equal(vec, vec)
     bint v_any(mask)
+    int v_first(mask)
     vec v_select(mask, vec, vec)
     real v_fold_max(vec)
     const int UNIT
