@@ -4,6 +4,7 @@
 cdef enum:
     PANEL_NUMBERS = 8192          # of a panel of tiles: with what else is read twice, it fits into a nearest cache of 32 to 48 KB
     PANEL_ROWS = 256
+    SHORT_NUMBERS = 4096          # of rows that go through each step together: two arrays of them are in the nearest cache
     STAGED_NUMBERS = 1 << 15      # of planes that are copied side by side: in the second cache, in runs of many lines
     STREAM_BYTES = 1 << 25        # an output of this size will not be found in a cache: it is stored past them
     KEPT_CLASSES = 1 << 20        # exponentials of longer rows are computed twice, rather than cached in memory as large as the row
@@ -102,12 +103,17 @@ cdef int plan(Call call) except -1:
         plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
         area = plan.rows * plan.tile_classes
         plan.area[0] = area
-        plan.area[1] = area if p.other.data != NULL or p.operation == LOG_SOFTMAX or (p.operation == SOFTMAX and not few) else 0
+        # Of softmax, a sum of few floats is exact in double.
+        plan.area[1] = area
+        if p.other.data == NULL and (p.operation == CROSS_ENTROPY or (p.operation == SOFTMAX and few and not p.is_double)):
+            plan.area[1] = 0
         plan.area[2] = plan.area[3] = 0
         if p.options.weight != NULL:
             plan.weights = p.classes * lanes
     else:
         plan.rows = lanes if segments == 1 or (p.classes <= KEPT_CLASSES and p.logits.classes != 1) else 1
+        if p.classes <= SHORT_CLASSES and p.logits.classes == 1:
+            plan.rows = min(plan.rows, <Py_ssize_t>SHORT_NUMBERS // p.classes)
         plan.rows = 1 if plan.shared else min(plan.rows, max(positions, 1))
         plan.defer = (
             plan.rows == 1 and segments > 1 and plan.keep and not p.have_state and direct and not plan.shared

@@ -13,7 +13,7 @@ cdef extern from "_environment.h":
 
 cdef enum:
     FEW_CLASSES = 64              # up to here LANES rows at once, one in each lane, are faster than a row at a time
-    SHORT_CLASSES = 256           # LANES rows up to here go through each step together: two arrays of them are in the nearest cache
+    SHORT_CLASSES = 512           # up to here some rows go through each step together
     SEGMENT = 2048                # classes that are in the nearest cache between maximum, exponentials and their sum
     FLOAT_LANES = 16              # of a vec, 64 bytes
     DOUBLE_LANES = 8

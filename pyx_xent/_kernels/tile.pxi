@@ -137,9 +137,9 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
 
 
 cdef void tile_sum(const Problem* p, real* x, real* cached, real* summed, Rows* r) noexcept nogil:
-    # out   summed   without the largest, of softmax and log_softmax; may be `cached`, but of more than few classes of softmax
+    # out   summed   where there is such memory: without the largest; may be `cached` of log_softmax
     cdef Py_ssize_t size = p.classes * LANES
-    cdef bint without = p.operation == LOG_SOFTMAX or (p.operation == SOFTMAX and p.classes > FEW_CLASSES)
+    cdef bint without = p.operation != CROSS_ENTROPY and summed != NULL
     cdef int l
     cdef vec m = v_load(r.maximum), count = v_set(1), largest = count
     cdef Units units = units_of(exponent_of(m), ROOM)
