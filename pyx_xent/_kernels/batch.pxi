@@ -4,7 +4,7 @@
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, prange, threadid
 
 
 cdef struct Scratch:
@@ -249,18 +249,43 @@ cdef void do_shared(const Problem* p, Batch* b, real* cached, real* other, real*
     b.count = 0
 
 
-cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end, int thread) noexcept nogil:
+cdef extern from *:
+    """
+    #if defined(_MSC_VER) && !defined(__clang__)
+    #include <intrin.h>
+    #define next_part(taken) _InterlockedExchangeAdd64(taken, 1)
+    #else
+    #define next_part(taken) __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)
+    #endif
+    """
+    int64_t next_part(int64_t* taken) noexcept nogil       # a number that no other thread gets
+
+
+cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Environment environment = enter_environment()
-    do_slice(p, first, end, thread)
+    do_slice(p, first, end, 0)
+    if p.plan.stream:
+        v_fence()
+    leave_environment(environment, NULL)
+
+
+cdef void do_parts(const Problem* p, Py_ssize_t first, Py_ssize_t end, int64_t* taken, int thread) noexcept nogil:
+    cdef Environment environment = enter_environment()
+    cdef Py_ssize_t start = first + next_part(taken) * p.plan.part
+    while start < end:
+        do_slice(p, start, min(start + p.plan.part, end), thread)
+        start = first + next_part(taken) * p.plan.part
     if p.plan.stream:
         v_fence()
     leave_environment(environment, NULL)
 
 
 cdef void do_in_parallel(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t part
-    for part in prange((end - first + p.plan.part - 1) // p.plan.part, num_threads=p.plan.num_threads, schedule="dynamic", chunksize=1):
-        do_positions(p, first + part * p.plan.part, min(first + (part + 1) * p.plan.part, end), threadid())
+    # Not a prange, whose threads would wait for each other twice.
+    cdef int64_t taken = 0
+    cdef int64_t* counter = &taken
+    with parallel(num_threads=p.plan.num_threads):
+        do_parts(p, first, end, counter, threadid())
 
 
 cdef int run_problem(const Problem* p) except -1:
@@ -269,13 +294,13 @@ cdef int run_problem(const Problem* p) except -1:
     if positions == 0 or p.classes == 0:
         return 0
     if p.plan.quick:
-        do_positions(p, 0, positions, 0)
+        do_positions(p, 0, positions)
         return 0
     for first from 0 <= first < positions by p.plan.between_signals:
         end = min(first + p.plan.between_signals, positions)
         with nogil:
             if p.plan.num_threads == 1 or p.plan.shared:
-                do_positions(p, first, end, 0)
+                do_positions(p, first, end)
             else:
                 do_in_parallel(p, first, end)
         PyErr_CheckSignals()
