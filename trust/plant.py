@@ -10,10 +10,15 @@ from . import build
 
 CALL, CHECKS, LABELS = "pyx_xent/_call.pyx", "pyx_xent/_call_checks.pxi", "pyx_xent/_call_labels.pxi"
 MEMORY, PLAN, THREADS, LINEAR = "pyx_xent/_call_memory.pxi", "pyx_xent/_plan.pxi", "pyx_xent/_threads.py", "pyx_xent/linear.py"
-BATCH, COPY, ROW, EXP = (f"pyx_xent/_kernels/{name}.pxi" for name in ("batch", "copy", "row", "exp"))
+BATCH, COPY, EXP, ROW, STEPS, TILE = (
+    f"pyx_xent/_kernels/{name}.pxi" for name in ("batch", "copy", "exp", "row", "steps", "tile")
+)
 
 BUGS = [  # what is wrong, where, the right code, the wrong code
     ("a label may be the number of classes", LABELS, "(y - <uint64_t>classes)) >> 63", "(y - <uint64_t>classes - 1)) >> 63"),
+    ("labels that are all at most the number of classes are not looked at again", LABELS,
+     "all_valid &= ~y & (y - <uint64_t>classes)", "all_valid &= ~y & (y - <uint64_t>classes - 1)"),
+    ("a class that is ignored counts", LABELS, "0 <= ignored < classes", "False"),
     ("labels are not checked", LABELS, "return <Py_ssize_t>(others - lives)", "return 0"),
     ("ignored labels are used as classes", LABELS, "    if live < n:\n", "    if False:\n"),
     ("uint64 labels wrap", LABELS, "    if is_uint64:\n        for i", "    if False:\n        for i"),
@@ -47,7 +52,9 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
      "columns_in(x + i, stride, UNIT, to"),
     ("a batch is one row too large", BATCH, "min(end - position, p.inner - batches[now].inner))",
      "min(end - position + 1, p.inner - batches[now].inner))"),
-    ("slices overlap the end", BATCH, "min(first + (part + 1) * p.plan.part, end)", "first + (part + 1) * p.plan.part"),
+    ("slices overlap the end", BATCH, "min(start + p.plan.part, end)", "start + p.plan.part"),
+    ("of few classes the last is never found", TILE, "for c in range(classes):\n        found", "for c in range(classes - 1):\n        found"),
+    ("equal largest logits count once", STEPS, "d_fma(d_sub(v_to_doubles(count), d_set(1.0))", "d_fma(d_set(0.0)"),
     ("the loss of ignored rows is left as it was", BATCH, "        p.loss[position] = 0", "        pass"),
     ("the gradient of ignored rows is left as it was", BATCH,
      "        zeros_out(&p.out, outer, position - outer * p.inner, p.classes, p.plan.stream)", "        pass"),

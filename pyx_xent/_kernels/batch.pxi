@@ -1,4 +1,4 @@
-# Rows handed to threads: both pranges, and the only function that _call knows.
+# Rows handed to threads: every parallel region, and the only function that _call knows.
 #
 # A row's result depends on nothing but the row, so any split among threads gives the same bits.
 
