@@ -53,6 +53,10 @@ def log_tail(w):
     return 2 * atanh(sqrt(w)) / sqrt(w) - 2
 
 
+def log_ratio(w):
+    return log_tail(w) / w if w else mpf(2) / 3
+
+
 if __name__ == "__main__":
     edge = log(2) / 2 * mpf("1.001")  # rounding n lets r pass ln2/2 a little
     for name, terms in (("exp32", 5), ("exp once, of float", 6), ("exp64", 10)):
@@ -61,7 +65,7 @@ if __name__ == "__main__":
         print("\n".join("    " + mp.nstr(c, 20) for c in found))
     top = ((sqrt(mpf(2)) - 1) / (sqrt(mpf(2)) + 1)) ** 2 * mpf("1.001")
     for name, terms in (("log1p of float", 4), ("log1p64", 7)):
-        found, error = remez(lambda w: log_tail(w) / w if w else mpf(2) / 3, lambda w: (w + mpf("1e-4")) / 2, mpf(0), top, terms)
+        found, error = remez(log_ratio, lambda w: (w + mpf("1e-4")) / 2, mpf(0), top, terms)
         print(name, f"largest error relative to the result 2^{float(log(error, 2)):.1f}", "(R / w, lowest power first)")
         print("\n".join("    " + mp.nstr(c, 20) for c in found))
     for name, bits, scale in (("ln2 float", 14, 2**14), ("ln2 double", 32, 2**32)):
