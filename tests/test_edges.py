@@ -327,3 +327,29 @@ def test_no_rows_along_any_axis(dtype, shape, axis):
     assert loss.shape == tuple(rows)
     assert grad.shape == shape
     assert np.isnan(px.cross_entropy(np.zeros(shape, dtype), np.zeros(rows, int), axis=axis))
+
+
+@pytest.mark.spec("S29", "S36")
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("classes", [1, 3, 20, 100, 3000])
+def test_any_nan_is_the_one_nan(isa, dtype, bad, classes):
+    """Processors differ in the sign of a NaN that they make, and in whose they pass on."""
+    target = np.arange(48) % classes
+    logits = np.linspace(-1, 1, 48 * classes).reshape(48, classes).astype(dtype)
+    logits[::2, classes // 2] = bad
+    upstream = np.ones_like(logits)
+    upstream[:, classes // 2 :] *= -1
+    even = upstream - upstream.mean(axis=1, keepdims=True)
+    found = [
+        px.cross_entropy(logits, target, reduction="none"),
+        px.cross_entropy_with_grad(logits, target)[1],
+        px.cross_entropy_with_grad(logits, target, label_smoothing=0.1)[1],
+        px.cross_entropy_with_grad(logits, np.full_like(logits, 1 / classes))[1],
+        px.softmax(logits),
+        px.log_softmax(logits),
+        *(backward(y, x) for backward in (px.softmax_backward, px.log_softmax_backward)
+          for y, x in ((upstream, logits), (even, logits), (logits, upstream))),
+    ]  # fmt: skip
+    assert any(np.isnan(result).any() for result in found)
+    for k, result in enumerate(found):
+        assert not np.signbit(result[np.isnan(result)]).any(), k

@@ -361,7 +361,9 @@ cdef inline vec entry(Operation operation, const Entries* e, Py_ssize_t i, Py_ss
         return v_sub(v_sub(x, unit), e.scale)
     if operation == SOFTMAX_BACKWARD:
         return v_mul(x, v_sub(at(e.y, i, size, 0), unit))
-    return v_fma(v_sub(v_set(0), e.scale), exp_in(e.units, x), at(e.y, i, size, 0))
+    # Of NaN in x the numbers of the row know nothing, so here it becomes the one NaN (see `finished`).
+    x = v_fma(v_sub(v_set(0), e.scale), exp_in(e.units, x), at(e.y, i, size, 0))
+    return v_select(v_equal(x, x), x, v_set(NAN))
 
 
 cdef inline void entries_of(Operation operation, const Entries* e, Py_ssize_t size, real* out, bint stream) noexcept nogil:
