@@ -19,6 +19,7 @@ from .cases import Problem
 ROOT = Path(__file__).parents[1]
 # seconds: OpenMP's threads spin that long after their work, and would take a CPU from another process whose turn it is
 SPINNING = 0.03
+LLVM_SPINS = {"KMP_BLOCKTIME": "20"}  # milliseconds, so less than that; by default 200
 SWITCH = "THP_MEM_ALLOC_ENABLE"
 # OpenBLAS finds out which kernels and block sizes fit the processor. Where a container sets these, it takes others: half the
 # speed on a Zen 4 or Zen 5 that is told to be a Haswell. Users have neither, so no process that measures has them.
@@ -28,7 +29,7 @@ NOT_OF_USERS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 @contextmanager
 def environment(huge_pages=False, isa=None):
     """Processes started inside have the environment that users have, with PyTorch's switch for huge pages on or off."""
-    ours = {SWITCH: "1" if huge_pages else None, "PYX_XENT_ISA": isa or os.environ.get("PYX_XENT_ISA")}
+    ours = {SWITCH: "1" if huge_pages else None, "PYX_XENT_ISA": isa or os.environ.get("PYX_XENT_ISA"), **LLVM_SPINS}
     before = dict(os.environ)
     for name, value in {**ours, **dict.fromkeys(NOT_OF_USERS)}.items():
         os.environ.pop(name, None)
