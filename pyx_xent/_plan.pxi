@@ -79,7 +79,7 @@ cdef int plan(Call call) except -1:
     cdef Py_ssize_t lanes = DOUBLE_LANES if p.is_double else FLOAT_LANES, itemsize = 64 // lanes
     cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, area, parts, between
     cdef int k
-    cdef bint few = p.classes <= FEW_CLASSES
+    cdef bint few = p.classes <= FEW_CLASSES, beside
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
     plan.shared = (
         plan.num_threads > 1 and positions < min(4 * plan.num_threads, <int>FLOAT_LANES) and p.classes >= CLASSES_WORTH_SHARING
@@ -103,10 +103,9 @@ cdef int plan(Call call) except -1:
         plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
         area = plan.rows * plan.tile_classes
         plan.area[0] = area
-        # Of softmax, a sum of few floats is exact in double.
-        plan.area[1] = area
-        if p.other.data == NULL and (p.operation == CROSS_ENTROPY or (p.operation == SOFTMAX and few and not p.is_double)):
-            plan.area[1] = 0
+        # Beside exponentials, the logits of log_softmax, or those of softmax without the largest; few floats need not be without it.
+        beside = p.operation == LOG_SOFTMAX or (p.operation == SOFTMAX and (p.is_double or not few))
+        plan.area[1] = area if p.other.data != NULL or beside else 0
         plan.area[2] = plan.area[3] = 0
         if p.options.weight != NULL:
             plan.weights = p.classes * lanes

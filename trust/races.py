@@ -16,7 +16,7 @@ SANITIZE = "-fsanitize=thread -shared-libsan"
 BATCH = "pyx_xent/_kernels/batch.pxi"
 PLANTED = {  # what is wrong: (where, the right code, the wrong code) for each change
     "all threads share a scratch": [
-        (BATCH, "do_parts(p, first, end, counter, threadid())", "do_parts(p, first, end, counter, 0)")
+        (BATCH, "do_positions(p, first, end, counter, threadid())", "do_positions(p, first, end, counter, 0)")
     ],
     "threads that share a row discard in one place": [
         (BATCH, "shared_sum(p, b, segment, threadid())", "shared_sum(p, b, segment, 0)")

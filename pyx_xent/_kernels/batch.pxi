@@ -261,31 +261,28 @@ cdef extern from *:
     int64_t next_part(int64_t* taken) noexcept nogil       # a number that no other thread gets
 
 
-cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+cdef void do_positions(const Problem* p, Py_ssize_t first, Py_ssize_t end, int64_t* taken, int thread) noexcept nogil:
+    # in/out   taken   how many parts the threads that share these rows have taken; NULL: there are no others
     cdef Environment environment = enter_environment()
-    do_slice(p, first, end, 0)
-    if p.plan.stream:
-        v_fence()
-    leave_environment(environment, NULL)
-
-
-cdef void do_parts(const Problem* p, Py_ssize_t first, Py_ssize_t end, int64_t* taken, int thread) noexcept nogil:
-    cdef Environment environment = enter_environment()
-    cdef Py_ssize_t start = first + next_part(taken) * p.plan.part
-    while start < end:
-        do_slice(p, start, min(start + p.plan.part, end), thread)
+    cdef Py_ssize_t start
+    if taken == NULL:
+        do_slice(p, first, end, thread)
+    else:
         start = first + next_part(taken) * p.plan.part
+        while start < end:
+            do_slice(p, start, min(start + p.plan.part, end), thread)
+            start = first + next_part(taken) * p.plan.part
     if p.plan.stream:
         v_fence()
     leave_environment(environment, NULL)
 
 
 cdef void do_in_parallel(const Problem* p, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    # Not a prange, whose threads would wait for each other twice.
+    # Not a prange, which would make an environment for each part rather than for each thread.
     cdef int64_t taken = 0
-    cdef int64_t* counter = &taken
+    cdef int64_t* counter = &taken            # what is assigned to in here would be each thread's own
     with parallel(num_threads=p.plan.num_threads):
-        do_parts(p, first, end, counter, threadid())
+        do_positions(p, first, end, counter, threadid())
 
 
 cdef int run_problem(const Problem* p) except -1:
@@ -294,13 +291,13 @@ cdef int run_problem(const Problem* p) except -1:
     if positions == 0 or p.classes == 0:
         return 0
     if p.plan.quick:
-        do_positions(p, 0, positions)
+        do_positions(p, 0, positions, NULL, 0)
         return 0
     for first from 0 <= first < positions by p.plan.between_signals:
         end = min(first + p.plan.between_signals, positions)
         with nogil:
             if p.plan.num_threads == 1 or p.plan.shared:
-                do_positions(p, first, end)
+                do_positions(p, first, end, NULL, 0)
             else:
                 do_in_parallel(p, first, end)
         PyErr_CheckSignals()

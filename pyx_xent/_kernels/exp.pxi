@@ -16,7 +16,9 @@ cdef extern from *:
     #define BIAS (PYX_XENT_DOUBLE ? 1023 : 127)
     #define LOG2_E 1.4426950408889634074
     #define LN2 0.69314718055994530942
-    #define LN2_32 (-0.69317626953125 + (double)0.000029088971304690583f) /* what stands for -ln2 in exp_in */
+    /* ln2 in exp_in, as two floats: 14 bits, so that n times them is exact, and what is less than that. */
+    #define LN2_HIGH_32 0.69317626953125
+    #define LN2_LOW_32 (double)-0.000029088971304690583f
     /* Adding it to a number below 2^51 (2^22) rounds that number to an integer, which then stands in the lowest bits. */
     #define ROUNDER_64 6755399441055744.0 /* 1.5 * 2^52 */
     #define ROUNDER (PYX_XENT_DOUBLE ? ROUNDER_64 : 12582912.0)
@@ -25,7 +27,8 @@ cdef extern from *:
     const int BIAS
     const double LOG2_E
     const double LN2
-    const double LN2_32
+    const double LN2_HIGH_32
+    const double LN2_LOW_32
     const double ROUNDER_64
     const double ROUNDER
 
@@ -90,8 +93,8 @@ cdef inline vec exp_in(Units units, vec x) noexcept nogil:
     x = v_max(x, units.low)
     t = v_fma(x, v_set(<real>1.4426950408889634), units.round_by)
     n = v_sub(t, units.round_by)
-    r = v_fma(n, v_set(<real>-0.69317626953125), x)            # 14 bits: exact
-    r = v_fma(n, v_set(<real>0.000029088971304690583), r)
+    r = v_fma(n, v_set(<real>-LN2_HIGH_32), x)
+    r = v_fma(n, v_set(<real>-LN2_LOW_32), r)
     p = v_set(<real>0.0013814467059326511)
     p = v_fma(p, r, v_set(<real>0.0083687804111805337))
     p = v_fma(p, r, v_set(<real>0.041668394210893869))
@@ -113,7 +116,8 @@ cdef inline doubles exp_once(doubles x, doubles exponent, double room) noexcept 
         return exp_of_doubles(x, low, round_by)
     x = d_max(x, low)
     t = d_fma(x, d_set(1.4426950408889634), round_by)
-    r = d_fma(d_sub(t, round_by), d_set(LN2_32), x)            # exp_in, too, takes n times this away: the others' terms do not differ
+    # exp_in, too, takes n times this away, so that the others' terms do not differ.
+    r = d_fma(d_sub(t, round_by), d_set(-(LN2_HIGH_32 + LN2_LOW_32)), x)
     p = d_set(1.9790242704898970e-4)
     p = d_fma(p, r, d_set(1.3944758424196788e-3))
     p = d_fma(p, r, d_set(8.3334976755130206e-3))

@@ -10,7 +10,7 @@ cdef struct Rows:
     bint all_live
     bint live[LANES]              # not an ignored row, and not beyond the last one
     Py_ssize_t target[LANES]      # -1: none
-    real index[LANES]             # the target as a real; -1: none
+    real index[LANES]             # the target as a real, to compare few classes with; -1: none
     real maximum[LANES]
     real base[LANES]              # already subtracted from the logits; 0 but for very large ones
     real target_logit[LANES]      # -inf if there is no target
@@ -48,7 +48,7 @@ cdef int start_rows(const Problem* p, Rows* r, Py_ssize_t position, int rows) no
             r.live[l] = r.live[l] and p.options.sample_weight[position + l] != 0
     for l in range(LANES):
         live += r.live[l]
-        r.index[l] = <real>r.target[l] if r.live[l] else -1
+        r.index[l] = <real>r.target[l] if r.live[l] else -1    # long before a vector reads it
     r.all_live = live == LANES
     return live
 

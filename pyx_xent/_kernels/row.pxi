@@ -164,11 +164,10 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
 
 
 cdef void sum_segment_backward(const Problem* p, const Batch* b, int l, Py_ssize_t segment) noexcept nogil:
-    cdef Py_ssize_t start = segment * SEGMENT, size = segment_size(p.classes, segment)
-    cdef Segment* s = b.segments + l * segments_of(p.classes) + segment
-    cdef const real* x = b.x[l] + start
-    s.maximum = 0
-    s.total = fold(dot(x, b.other[l] + start, size) if p.operation == SOFTMAX_BACKWARD else total_of(b.other[l] + start, size))
+    cdef Py_ssize_t start = segment * SEGMENT
+    b.segments[l * segments_of(p.classes) + segment].total = fold(
+        total_backward(p, b.x[l] + start, b.other[l] + start, segment_size(p.classes, segment))
+    )
 
 
 cdef inline void add_to(double* total, double part, double* lost) noexcept nogil:
@@ -192,15 +191,15 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
     cdef Segment* largest = s
     cdef double total = 0, term = 0, mass = 0, lost = 0, lost_term = 0, lost_mass = 0, power, below
     cdef real exponent
-    for i in range(1, count):
-        if s[i].maximum > largest.maximum:
-            largest = s + i
-    r.maximum[l] = largest.maximum
     if is_backward(p):
         for i in range(count):
             add_to(&total, s[i].total, &lost)
         r.total[l] = total
         return
+    for i in range(1, count):
+        if s[i].maximum > largest.maximum:
+            largest = s + i
+    r.maximum[l] = largest.maximum
     exponent = one_of(exponent_of(v_set(largest.maximum)))
     for i in range(count):
         power = power_of_two(<double>s[i].exponent - <double>exponent) if s[i].exponent != exponent else 1.0
@@ -230,10 +229,7 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
 cdef void sum_short_rows_backward(const Problem* p, Batch* b) noexcept nogil:
     cdef int l
     for l in range(b.count):
-        if p.operation == SOFTMAX_BACKWARD:
-            b.rows.total[l] = fold(dot(b.x[l], b.other[l], p.classes))
-        else:
-            b.rows.total[l] = fold(total_of(b.other[l], p.classes))
+        b.rows.total[l] = fold(total_backward(p, b.x[l], b.other[l], p.classes))
 
 
 cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept nogil:

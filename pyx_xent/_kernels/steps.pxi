@@ -202,6 +202,11 @@ cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
     return total
 
 
+cdef inline doubles total_backward(const Problem* p, const real* output, const real* upstream, Py_ssize_t size) noexcept nogil:
+    # -> what the gradient of softmax or log_softmax needs, in each lane
+    return dot(output, upstream, size) if p.operation == SOFTMAX_BACKWARD else total_of(upstream, size)
+
+
 # The class term of SPEC S16, S31: w_c q'_c, with q' = keep * q + spread; index targets have q' = 1 here, see loss.pxi.
 
 

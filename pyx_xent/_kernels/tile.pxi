@@ -79,11 +79,21 @@ cdef inline vec tile_chosen(const real* x, Py_ssize_t classes, vec index) noexce
     return found
 
 
-cdef inline void tile_replace(real* x, Py_ssize_t classes, vec index, vec by) noexcept nogil:
+cdef inline void tile_replace(const Problem* p, const Rows* r, vec by, real* x) noexcept nogil:
     # in/out   x   the target's number in each lane
+    cdef real numbers[LANES]
+    cdef vec index
     cdef Py_ssize_t c
-    for c in range(classes):
-        v_store(x + c * LANES, v_select(v_equal(index, v_set(<real>c)), by, v_load(x + c * LANES)))
+    cdef int l
+    if p.classes <= COMPARED_CLASSES:
+        index = v_load(r.index)
+        for c in range(p.classes):
+            v_store(x + c * LANES, v_select(v_equal(index, v_set(<real>c)), by, v_load(x + c * LANES)))
+        return
+    v_store(numbers, by)
+    for l in range(LANES):
+        if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
+            x[r.target[l] * LANES + l] = numbers[l]
 
 
 cdef void tile_target(const Problem* p, const real* x, Rows* r) noexcept nogil:
@@ -95,11 +105,11 @@ cdef void tile_target(const Problem* p, const real* x, Rows* r) noexcept nogil:
         return
     if p.target == NULL:
         tile_largest(x, p.classes, r)
-    elif p.classes <= COMPARED_CLASSES:
+    if p.classes <= COMPARED_CLASSES:
         v_store(r.target_logit, tile_chosen(x, p.classes, v_load(r.index)))
         if r.all_live:
             return
-    elif r.all_live:
+    elif r.all_live and p.target != NULL:
         for l in range(LANES):
             r.target_logit[l] = x[r.target[l] * LANES + l]
         return
@@ -208,14 +218,7 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         if has_term:
             tile_class_term(p, panel, x, panel.other + t * size if panel.other != NULL else NULL, r)
     for t in range(tiles if p.operation == CROSS_ENTROPY else 0):
-        r = panel.rows + t
-        x = panel.x + t * size
-        if p.classes <= COMPARED_CLASSES:
-            tile_replace(x, p.classes, v_load(r.index), v_set(-INFINITY))
-            continue
-        for l in range(LANES):
-            if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
-                x[r.target[l] * LANES + l] = -INFINITY
+        tile_replace(p, panel.rows + t, v_set(-INFINITY), panel.x + t * size)
     for t in range(tiles):
         r = panel.rows + t
         x = panel.x + t * size
@@ -231,14 +234,7 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
     if p.out.data == NULL or p.operation != CROSS_ENTROPY:
         return
     for t in range(tiles):
-        r = panel.rows + t
-        x = panel.x + t * size
-        if p.classes <= COMPARED_CLASSES:
-            tile_replace(x, p.classes, v_load(r.index), v_load(r.at_target))
-            continue
-        for l in range(LANES):
-            if r.all_live and p.target != NULL or r.live[l] and r.target[l] >= 0:
-                x[r.target[l] * LANES + l] = r.at_target[l]
+        tile_replace(p, panel.rows + t, v_load(panel.rows[t].at_target), panel.x + t * size)
 
 
 cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexcept nogil:
@@ -252,7 +248,7 @@ cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexce
         r = panel.rows + t
         e.x = panel.x + t * size
         e.y = panel.other + t * size
-        d_store(r.total, dot(e.x, e.y, size) if p.operation == SOFTMAX_BACKWARD else total_of(e.y, size))
+        d_store(r.total, total_backward(p, e.x, e.y, size))
         backward_of_rows(r)
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
