@@ -103,8 +103,7 @@ cdef int plan(Call call) except -1:
         plan.rows = min(plan.rows, rounded_up(max(positions, 1), lanes))
         area = plan.rows * plan.tile_classes
         plan.area[0] = area
-        # Beside exponentials, the logits of log_softmax, or those of softmax without the largest; few floats need not be without it.
-        beside = p.operation == LOG_SOFTMAX or (p.operation == SOFTMAX and (p.is_double or not few))
+        beside = not few and (p.operation == SOFTMAX or p.operation == LOG_SOFTMAX)      # exponentials without the largest
         plan.area[1] = area if p.other.data != NULL or beside else 0
         plan.area[2] = plan.area[3] = 0
         if p.options.weight != NULL:

@@ -158,14 +158,28 @@ cdef doubles total_of(const real* x, Py_ssize_t size) noexcept nogil:
     return total_of_steps(x, size // (GROUP * LANES), size, LANES)
 
 
-cdef doubles total_of_few(const real* x, Py_ssize_t classes) noexcept nogil:
+cdef inline doubles few_exponentials(
+    const real* x, Py_ssize_t classes,        # in
+    Units units,                              # in
+    bint without, vec largest,                # in   is all but one term of the largest left out?
+    real* cached,                             # out  may be x; NULL: nobody needs them again
+) noexcept nogil:
     # -> the sum in each lane of a tile, in double from the start: a few roundings of one row do not average out, and would cost
-    # its loss half a ULP.
+    # its loss half a ULP. In one loop, because what has just been stored is read back late.
     cdef doubles total = d_set(0.0), lost = total
+    cdef vec count = v_set(0), value
+    cdef mask found
     cdef Py_ssize_t c
     for c in range(classes):
-        total = accumulate(total, d_load_reals(x + c * LANES), &lost)
-    return total
+        value = exp_in(units, v_load(x + c * LANES))
+        if cached != NULL:
+            v_store(cached + c * LANES, value)
+        if without:
+            found = v_equal(value, largest)
+            count = v_add(count, v_select(found, v_set(1), v_set(0)))
+            value = v_select(found, v_set(0), value)
+        total = accumulate(total, v_to_doubles(value), &lost)
+    return with_equals(total, count, largest) if without else total
 
 
 cdef doubles total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:

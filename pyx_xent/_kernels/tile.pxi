@@ -146,27 +146,34 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
     d_store(r.mass, sums.mass)
 
 
-cdef void tile_sum(const Problem* p, real* x, real* cached, real* summed, Rows* r) noexcept nogil:
-    # out   summed   where there is such memory: without the largest; may be `cached` of log_softmax
+cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept nogil:
+    # in/out   x        the logits; then the exponentials, where somebody needs them again
+    # out      cached   of more than FEW_CLASSES without a target: memory for them without the largest
+    # The largest is left out of the sum where no target is, but of few floats for softmax, whose rounding counts for less.
     cdef Py_ssize_t size = p.classes * LANES
-    cdef bint without = p.operation != CROSS_ENTROPY and summed != NULL
+    cdef bint few = p.classes <= FEW_CLASSES, logarithm = p.operation == LOG_SOFTMAX
+    cdef bint without = logarithm or (p.operation == SOFTMAX and (IS_DOUBLE or not few))
     cdef int l
-    cdef vec m = v_load(r.maximum), count = v_set(1), largest = count
+    cdef vec m = v_load(r.maximum), count, largest = m
     cdef Units units = units_of(exponent_of(m), ROOM)
     cdef doubles total
-    exponentials(x, size, units, cached, False, False)
-    if p.have_state:
-        return
     if without:
         largest = exp_in(units, m)
-        count = leave_out(cached, size, largest, summed)
+    if few and without:
+        total = few_exponentials(x, p.classes, units, True, largest, NULL if logarithm else x)
+    elif few:
+        total = few_exponentials(x, p.classes, units, False, largest, x if p.out.data != NULL else NULL)
+    elif without:
+        exponentials(x, size, units, cached if logarithm else x, False, False)
+        count = leave_out(cached if logarithm else x, size, largest, cached)
+        total = with_equals(total_of_tile(cached, p.classes), count, largest)
     else:
-        summed = cached
-    total = total_of_few(summed, p.classes) if p.classes <= FEW_CLASSES else total_of_tile(summed, p.classes)
-    if without:
-        total = with_equals(total, count, largest)
-        if p.operation == SOFTMAX:
-            total = d_add(total, v_to_doubles(largest))
+        exponentials(x, size, units, x, False, False)
+        total = total_of_tile(x, p.classes)
+    if p.have_state:
+        return
+    if without and not logarithm:
+        total = d_add(total, v_to_doubles(largest))
     d_store(r.total, total)
     if not r.all_live:
         for l in range(LANES):
@@ -206,7 +213,7 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
     # cross_entropy, softmax, log_softmax
     cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.plan.tile_classes * LANES, t
     cdef int l
-    cdef bint has_term = has_class_term(p), logarithm = p.operation == LOG_SOFTMAX
+    cdef bint has_term = has_class_term(p)
     cdef Rows* r
     cdef real* x
     cdef real* other
@@ -223,7 +230,7 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         r = panel.rows + t
         x = panel.x + t * size
         other = panel.other + t * size if panel.other != NULL else NULL
-        tile_sum(p, x, other if logarithm else x, other, r)
+        tile_sum(p, x, other, r)
         if p.operation == CROSS_ENTROPY:
             loss_of_rows(p, position + t * LANES, <int>min(<Py_ssize_t>LANES, rows - t * LANES), r)
         else:
