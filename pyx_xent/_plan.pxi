@@ -17,6 +17,7 @@ cdef enum:
 # Nanoseconds that a number takes, roughly, for loss and gradient in float: for threads and their parts only. Smaller parts move
 # between the caches of cores: 256 x 1000 takes 1.2 times as long with parts of a microsecond.
 cdef dict NANOSECONDS = {"baseline": 1.5, "neon": 0.8, "avx2": 0.5, "avx512": 0.3}
+cdef double NUMBERS_OF_A_ROW = 16.0   # what happens once a row takes as long as so many numbers of it
 cdef double NANOSECONDS_WORTH_A_PART = 10000.0
 
 
@@ -47,7 +48,7 @@ cdef int threads_for(Call call) except -1:
 
 
 cdef double nanoseconds_for(Call call) noexcept:
-    return nanoseconds_of_number * call.classes * call.rows * (2 if call.problem.is_double else 1)
+    return nanoseconds_of_number * (call.classes + NUMBERS_OF_A_ROW) * call.rows * (2 if call.problem.is_double else 1)
 
 
 cdef int settle_shape(Problem* p) noexcept:
@@ -125,8 +126,8 @@ cdef int plan(Call call) except -1:
         plan.area[3] = area if plan.defer else 0
         if not plan.shared and segments == 1 and is_plane(&p.logits) and is_plane(&p.other) and is_plane(&p.out):
             plan.staged = min(max(lanes, STAGED_NUMBERS // p.classes // lanes * lanes), rounded_up(p.inner, lanes))
-    parts = PARTS_OF_A_THREAD * plan.num_threads
-    parts = max(<Py_ssize_t>plan.num_threads, min(parts, <Py_ssize_t>(nanoseconds_for(call) / NANOSECONDS_WORTH_A_PART)))
+    parts = <Py_ssize_t>(nanoseconds_for(call) / NANOSECONDS_WORTH_A_PART / plan.num_threads)      # of a thread
+    parts = max(<Py_ssize_t>1, min(<Py_ssize_t>PARTS_OF_A_THREAD, parts)) * plan.num_threads
     between = max(1, BETWEEN_SIGNALS // max(p.classes, 1))
     plan.part = max(1, min((positions + parts - 1) // parts, (between + plan.num_threads - 1) // plan.num_threads))
     if plan.part > plan.rows:
