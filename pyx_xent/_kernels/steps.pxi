@@ -107,23 +107,24 @@ cdef vec exponentials(
     return m
 
 
-cdef vec leave_out(const real* cached, Py_ssize_t size, vec largest, real* to) noexcept nogil:
-    # to = cached, whole vectors, but 0 where that is `largest`. -> how many were, in each lane
+cdef void exponentials_without(
+    const real* x, Py_ssize_t size,           # in   whole vectors
+    Units units,                              # in
+    vec largest,                              # in   of x, in each lane
+    real* cached,                             # out  the exponentials; may be x
+    real* summed,                             # out  the same, but 0 for the first of the largest; may be `cached`, which is lost then
+) noexcept nogil:
     # A rounding of the sum beside the largest would cost the others 2 ULP, and the logarithm of a sum near it all its digits.
-    cdef vec count = v_set(0), value
+    cdef vec logits, value
     cdef mask found
     cdef Py_ssize_t i
     for i from 0 <= i < size by LANES:
-        value = v_load(cached + i)
-        found = v_equal(value, largest)
-        count = v_add(count, v_select(found, v_set(1), v_set(0)))
-        v_store(to + i, v_select(found, v_set(0), value))
-    return count
-
-
-cdef inline doubles with_equals(doubles total, vec count, vec largest) noexcept nogil:
-    # ... and all that were left out but one.
-    return d_fma(d_sub(v_to_doubles(count), d_set(1.0)), v_to_doubles(largest), total)
+        logits = v_load(x + i)
+        value = exp_in(units, logits)
+        found = v_equal(logits, largest)
+        largest = v_select(found, v_set(NAN), largest)         # which nothing is equal to
+        v_store(cached + i, value)
+        v_store(summed + i, v_select(found, v_set(0), value))
 
 
 cdef inline vec tree(const real* x, Py_ssize_t step) noexcept nogil:
@@ -179,7 +180,9 @@ cdef inline doubles few_exponentials(
             count = v_add(count, v_select(found, v_set(1), v_set(0)))
             value = v_select(found, v_set(0), value)
         total = accumulate(total, v_to_doubles(value), &lost)
-    return with_equals(total, count, largest) if without else total
+    if without:                               # all but one of those that were left out
+        total = d_fma(d_sub(v_to_doubles(count), d_set(1.0)), v_to_doubles(largest), total)
+    return total
 
 
 cdef doubles total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:

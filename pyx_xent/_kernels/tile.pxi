@@ -154,7 +154,7 @@ cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept no
     cdef bint few = p.classes <= FEW_CLASSES, logarithm = p.operation == LOG_SOFTMAX
     cdef bint without = logarithm or (p.operation == SOFTMAX and (IS_DOUBLE or not few))
     cdef int l
-    cdef vec m = v_load(r.maximum), count, largest = m
+    cdef vec m = v_load(r.maximum), largest = m
     cdef Units units = units_of(exponent_of(m), ROOM)
     cdef doubles total
     if without:
@@ -164,9 +164,8 @@ cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept no
     elif few:
         total = few_exponentials(x, p.classes, units, False, largest, x if p.out.data != NULL else NULL)
     elif without:
-        exponentials(x, size, units, cached if logarithm else x, False, False)
-        count = leave_out(cached if logarithm else x, size, largest, cached)
-        total = with_equals(total_of_tile(cached, p.classes), count, largest)
+        exponentials_without(x, size, units, m, cached if logarithm else x, cached)
+        total = total_of_tile(cached, p.classes)
     else:
         exponentials(x, size, units, x, False, False)
         total = total_of_tile(x, p.classes)
