@@ -119,13 +119,17 @@ cdef object checked_loss_dtype(object asked, object least):
 # Numbers and names
 
 cpdef double as_double(object value, str name) except? -1.0:
-    """`value` as a float; TypeError if it is no number."""
+    """`value` as a float, the nearest in any rounding mode; TypeError if it is no number."""
+    cdef Environment environment
     if type(value) is float:
         return value
+    environment = enter_environment()
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
+    finally:
+        leave_environment(environment, NULL)
 
 
 cdef int as_reduction(object reduction) except -1:

@@ -30,8 +30,15 @@ cdef bint is_doubles(cnp.ndarray array) noexcept:
 
 
 cdef cnp.ndarray as_doubles(cnp.ndarray array):
-    # The array, or a copy: native, aligned and C-contiguous.
-    return array if is_doubles(array) else copied(array, float64)
+    # The array, or a copy: native, aligned and C-contiguous. A longdouble is rounded to the nearest, whatever the caller's mode.
+    cdef Environment environment
+    if is_doubles(array):
+        return array
+    environment = enter_environment()
+    try:
+        return copied(array, float64)
+    finally:
+        leave_environment(environment, NULL)
 
 
 cdef const double* doubles(object array, Py_ssize_t size) except NULL:
@@ -244,26 +251,28 @@ cdef uint16_t rounded_to_bfloat16(double value) noexcept nogil:
 cdef cnp.ndarray rounded(cnp.ndarray values, object dtype):
     # in   values (n,)   float64
     cdef const double* value = <const double*>cnp.PyArray_DATA(values)
-    cdef Py_ssize_t n = cnp.PyArray_SIZE(values), i
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(values), first, end, i
+    cdef bint is_single = dtype is float32, is_float16 = dtype.kind == "f" and not is_single
     cdef cnp.ndarray result
-    cdef float* single
-    cdef uint16_t* bits
+    cdef void* to
     if dtype is float64:
         return values
-    if dtype is float32:
-        result = new_array(n, cnp.NPY_FLOAT32)
-        single = <float*>cnp.PyArray_DATA(result)
-        for i in range(n):
-            single[i] = <float>value[i]
-        return result
-    if dtype.kind == "f" and dtype.name == "float16":
-        with np.errstate(all="ignore"):
-            return values.astype(dtype)
-    result = new_array(n, cnp.NPY_UINT16)
-    bits = <uint16_t*>cnp.PyArray_DATA(result)
-    for i in range(n):
-        bits[i] = rounded_to_bfloat16(value[i])
-    return (<object>result).view(dtype)
+    result = new_array(n, cnp.NPY_FLOAT32 if is_single else cnp.NPY_FLOAT16 if is_float16 else cnp.NPY_UINT16)
+    to = cnp.PyArray_DATA(result)
+    for first from 0 <= first < n by COPIED_AT_ONCE:
+        end = min(first + COPIED_AT_ONCE, n)
+        if is_single:
+            for i in range(first, end):
+                (<float*>to)[i] = <float>value[i]
+        elif is_float16:
+            with np.errstate(all="ignore"):
+                result[first:end] = values[first:end]
+        else:
+            for i in range(first, end):
+                (<uint16_t*>to)[i] = rounded_to_bfloat16(value[i])
+        if n > COPIED_AT_ONCE:
+            PyErr_CheckSignals()
+    return result if is_single or is_float16 else (<object>result).view(dtype)
 
 
 cdef object rounded_scalar(double value, object dtype):

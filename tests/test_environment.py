@@ -23,7 +23,10 @@ def everything(logits, target, soft, weight, threads):
         yield from px.cross_entropy_with_grad(logits, target, reduction=reduction, label_smoothing=0.1, **options)
         yield from px.cross_entropy_with_grad(logits, soft, reduction=reduction, **options)
     of_rows = np.arange(1, len(target) + 1) / np.longdouble(3)  # rounded where they become float64
-    for how in ({"label_smoothing": 0.1}, {"sample_weight": of_rows, "z_loss": 0.01}, {"normalizer": 0.7, "grad_output": 0.3}):
+    third = np.longdouble(0.7) / 3
+    for how in (
+        {"label_smoothing": third}, {"sample_weight": of_rows, "z_loss": third}, {"normalizer": third, "grad_output": third}
+    ):  # fmt: skip
         yield from px.cross_entropy_with_grad(logits, target, weight=weight / np.longdouble(3), **how, **options)
         if "z_loss" not in how:
             yield from px.cross_entropy_with_grad(logits, soft, weight=weight, **how, **options)
