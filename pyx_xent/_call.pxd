@@ -37,3 +37,4 @@ cdef class Call:
     cdef double divisor           # of the mean
     cdef double empty_value       # in place of the mean, if
     cdef bint nothing_to_average
+    cdef bint shifted             # target is the caller's from the second position of the last axis on

@@ -149,6 +149,10 @@ cdef class Call:
         """(rows,) int64: the class indices, -1 where a row is inert; None with class probabilities."""
         return None if self.problem.target == NULL else self.of_rows[: self.rows]
 
+    def class_weights(self):
+        """(C,) float32 or float64, a copy that nobody else has, or None."""
+        return self.class_weight
+
     def sample_weights(self):
         """(rows,) float64, or None."""
         return None if self.row_weight is None else self.row_weight.reshape(-1)
@@ -192,8 +196,12 @@ cdef Call new_loss(Operation operation, object logits, object target, object num
     # Converts what every loss has.
     cdef Call call = Call.__new__(Call)
     call.problem.operation = operation
-    call.logits = as_floating(logits, "log_probs" if operation == NLL else "logits")
+    cdef str name = "log_probs" if operation == NLL else "logits"
+    call.logits = as_array(logits, name)
     call.target = as_array(target, "target")
+    if storage_of(call.logits) < 0 and storage_of(call.target) >= 0 and call.logits.dtype.kind in "iu":
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {call.logits.dtype.name}: was target given first?")
+    call.logits = as_floating(call.logits, name)
     call.num_threads = num_threads if num_threads is None else _threads.checked(num_threads)
     return call
 
@@ -233,7 +241,7 @@ cdef int check_loss(Call call, Options o) except -1:
     if soft:
         loss_dtype = dtype_with_probabilities(loss_dtype, y, o)
     else:
-        check_target_shape(y, x, call.axis, o.axis is not None)
+        check_target_shape(y, x, call.axis, o.axis is not None, o.if_last)
     p.is_double = loss_dtype is float64
     call.loss_dtype = loss_dtype if o.loss_dtype is None else checked_loss_dtype(o.loss_dtype, loss_dtype)
     if o.sample_weight is not None:
@@ -258,11 +266,20 @@ cdef int check_loss(Call call, Options o) except -1:
     return 0
 
 
+cdef str hint_for(cnp.ndarray target):
+    # of integers with the shape of the logits
+    if cnp.PyArray_NDIM(target) == 1:
+        return ": logits of shape (C,) are one row of C classes. Binary logits x are rows of two, numpy.stack([0 * x, x], 1)"
+    return ": one-hot labels are of a floating dtype, or indices, target.argmax(1)"
+
+
 cdef object dtype_with_probabilities(object dtype, cnp.ndarray target, Options o):
     # SPEC S11, S21
     cdef cnp.ndarray array
     if target.dtype.kind != "f" and storage_of(target) != BFLOAT16:
-        raise TypeError(f"Expected floating point type for target with class probabilities, got {target.dtype.name}")
+        raise TypeError(
+            f"Expected floating point type for target with class probabilities, got {target.dtype.name}{hint_for(target)}"
+        )
     if o.ignore_index >= 0:
         raise ValueError("ignore_index is not supported for floating point target")
     for array in (target,) if o.weight is None or o.weight.dtype.kind in "iub" else (target, o.weight):
@@ -463,13 +480,15 @@ def nll_with_grad(log_probs, target, Options options not None, out=None, num_thr
     return loss_with_gradient(NLL, log_probs, target, options, out, num_threads, grad_output, grad_out)
 
 
-def rows_of_linear(tuple rows, Py_ssize_t classes, dtype, target, Options options not None, grad_output=None):
+def rows_of_linear(tuple rows, Py_ssize_t classes, dtype, target, Options options not None, grad_output=None, shifted=False):
     """All of a call but its logits, for linear.py: it computes some rows of them at a time, and not by this call.
 
-    rows: the shape of the unreduced loss. See Call.labels, sample_weights, grad_scale, and reduce, which takes what came of it.
+    rows: the shape of the unreduced loss. shifted: target is the caller's from the second position of the last axis on. See
+    Call.labels, class_weights, sample_weights, grad_scale, and reduce, which takes what came of it.
     """
     stand_in = np.broadcast_to(np.zeros((), dtype), (*rows, classes))     # takes no memory
     cdef Call call = new_loss(CROSS_ENTROPY, stand_in, target, None)
+    call.shifted = shifted
     want_gradient(call, grad_output, None)
     check_loss(call, options)
     divide_by_divisor(call)

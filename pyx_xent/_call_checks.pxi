@@ -24,6 +24,10 @@ cpdef cnp.ndarray as_array(object value, str name):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: pass an array without mask")
     if isinstance(value, np.matrix):
         raise TypeError(f"{name} is a numpy.matrix: pass an array, numpy.asarray({name})")
+    if getattr(value, "requires_grad", False) is True:
+        raise TypeError(
+            f"{name} is a tensor that requires grad, and NumPy would lose the gradient: use pyx_xent.torch, or {name}.detach()"
+        )
     return np.asarray(value)
 
 
@@ -135,7 +139,7 @@ cpdef double as_double(object value, str name) except? -1.0:
 cdef int as_reduction(object reduction) except -1:
     cdef object found = REDUCTIONS.get(reduction) if type(reduction) is str else None
     if found is None:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
+        raise ValueError(f"{reduction} is not a valid value for reduction: 'none', 'mean' or 'sum'")
     return found
 
 
@@ -203,11 +207,12 @@ cdef class Options:
     cdef double normalizer
     cdef object axis                              # an int, or None
     cdef object loss_dtype                        # float32, float64, or None
+    cdef str if_last                              # what to do if the class axis is the last, for messages
 
-    def of_rows(self, sample_weight):
-        """Of some rows of the same loss, not reduced: labels are checked already, and sample weights are float64, or None."""
+    def of_rows(self, weight, sample_weight):
+        """Of some rows of the same loss, not reduced: of labels and weights that are checked already, copies or None."""
         cdef Options o = Options.__new__(Options)
-        o.weight, o.sample_weight = self.weight, sample_weight
+        o.weight, o.sample_weight = weight, sample_weight
         o.label_smoothing, o.z_loss = self.label_smoothing, self.z_loss
         o.ignore_index = -100
         o.reduction = NONE
@@ -217,7 +222,7 @@ cdef class Options:
 
 def options(
     weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=None, sample_weight=None, normalizer=None,
-    z_loss=0.0, empty="nan", loss_dtype=None,
+    z_loss=0.0, empty="nan", loss_dtype=None, if_last="pass axis=-1 if it is the last",
 ):
     """The Options of pyx_xent.cross_entropy, converted; an error if one of them makes no sense for any loss."""
     cdef Options o = Options.__new__(Options)
@@ -240,4 +245,5 @@ def options(
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     o.empty = as_empty(empty)
     o.loss_dtype = as_loss_dtype(loss_dtype)
+    o.if_last = if_last
     return o

@@ -28,7 +28,7 @@ cdef bint is_one_per_row(cnp.ndarray array, cnp.ndarray logits, int axis) noexce
     return True
 
 
-cdef int check_target_shape(cnp.ndarray target, cnp.ndarray logits, int axis, bint axis_given) except -1:
+cdef int check_target_shape(cnp.ndarray target, cnp.ndarray logits, int axis, bint axis_given, str if_last) except -1:
     cdef tuple shape, logits_shape, expected
     if is_one_per_row(target, logits, axis):
         return 0
@@ -36,8 +36,10 @@ cdef int check_target_shape(cnp.ndarray target, cnp.ndarray logits, int axis, bi
     if len(logits_shape) == 1 and shape == (1,):
         return 0
     expected = shape_without(logits_shape, axis)
+    if shape == (*expected, 1):
+        raise ValueError(f"Expected target size {expected}, got {shape}: target.squeeze(-1) has it")
     if not axis_given and shape == logits_shape[:-1]:
-        raise ValueError(f"Expected target size {expected}, got {shape}: class axis is 1; pass axis=-1 if it is the last")
+        raise ValueError(f"Expected target size {expected}, got {shape}: class axis is 1; {if_last}")
     if not axis_given and expected and shape and shape[0] != expected[0]:
         raise ValueError(f"Expected input batch_size ({expected[0]}) to match target batch_size ({shape[0]}).")
     raise ValueError(f"Expected target size {expected}, got {shape}")
@@ -89,7 +91,7 @@ cdef Py_ssize_t set_labels(
     cdef Py_ssize_t n = call.rows, first, i = 0, live = 0, bad = 0
     cdef bint is_uint64 = cnp.PyTypeNum_ISUNSIGNED(cnp.PyArray_TYPE(target)) and cnp.PyArray_ITEMSIZE(target) == 8
     if not cnp.PyTypeNum_ISINTEGER(cnp.PyArray_TYPE(target)):
-        raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}")
+        raise_no_integers(target)
     if cnp.PyArray_TYPE(target) != cnp.NPY_INT64 or not cnp.PyArray_ISCARRAY_RO(target):
         flat = copied(target, int64)
     for first from 0 <= first <= n by COPIED_AT_ONCE:
@@ -118,9 +120,28 @@ cdef Py_ssize_t set_labels(
     return live
 
 
+cdef int raise_no_integers(cnp.ndarray target) except -1:
+    cdef str hint = ""
+    if target.dtype.kind == "f":
+        bad = np.flatnonzero(~(target == np.floor(target)))
+        if bad.size:
+            hint = f": {position_in(target, bad[0], False)} is {target.reshape(-1)[bad[0]]}"
+    elif target.dtype.kind in "OSU":
+        hint = ": numpy.unique(target, return_inverse=True)[1] numbers the classes"
+    raise TypeError(f"Expected an integer dtype for target with class indices, got {target.dtype.name}{hint}")
+
+
+cdef str position_in(cnp.ndarray target, Py_ssize_t i, bint shifted):
+    # shifted: SPEC S25, where it is in the caller's array
+    cdef tuple shape = (<object>target).shape
+    cdef list position = [int(k) for k in np.unravel_index(i, shape)] if shape else []
+    if shifted:
+        position[-1] += 1
+    return f"target[{', '.join(str(k) for k in position)}]" if shape else "target"
+
+
 cdef int raise_bad_label(Call call, Py_ssize_t i, object label, int64_t ignored) except -1:
-    cdef tuple shape = (<object>call.target).shape
-    where = f"target[{', '.join(str(k) for k in np.unravel_index(i, shape))}]" if shape else "target"
+    where = position_in(call.target, i, call.shifted)
     raise IndexError(
         f"Target {label} is out of bounds. ({where}; valid range is [0, {call.classes}) or ignore_index={ignored})"
     )

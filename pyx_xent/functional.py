@@ -187,6 +187,9 @@ def nll_loss(
     ignore_index=-100,
     reduction="mean",
     axis=None,
+    sample_weight=None,
+    normalizer=None,
+    empty="nan",
     loss_dtype=None,
     out=None,
     num_threads=None,
@@ -199,7 +202,7 @@ def nll_loss(
     ----------
     log_probs : array_like of float32, float64, float16 or bfloat16, shape (C,), (N, C) or (N, C, d1, ..., dk)
         Log-probabilities ℓ, used as they are.
-    target, weight, ignore_index, reduction, axis, loss_dtype, out, num_threads
+    target, weight, ignore_index, reduction, axis, sample_weight, normalizer, empty, loss_dtype, out, num_threads
         As for `cross_entropy`, class indices only.
 
     Returns
@@ -218,7 +221,10 @@ def nll_loss(
     >>> float(nll_loss(np.log([[0.25, 0.75], [0.5, 0.5]]), [1, 0]).round(4))
     0.4904
     """
-    options = _call.options(weight, ignore_index, reduction, axis=axis, loss_dtype=loss_dtype)
+    options = _call.options(
+        weight, ignore_index, reduction, axis=axis, sample_weight=sample_weight, normalizer=normalizer, empty=empty,
+        loss_dtype=loss_dtype,
+    )  # fmt: skip
     call = _call.nll(log_probs, target, options, out, num_threads)
     call.run()
     return call.loss()
@@ -232,6 +238,9 @@ def nll_loss_with_grad(
     ignore_index=-100,
     reduction="mean",
     axis=None,
+    sample_weight=None,
+    normalizer=None,
+    empty="nan",
     loss_dtype=None,
     out=None,
     num_threads=None,
@@ -242,7 +251,7 @@ def nll_loss_with_grad(
 
     Parameters
     ----------
-    log_probs, target, weight, ignore_index, reduction, axis, loss_dtype, out, num_threads
+    log_probs, target, weight, ignore_index, reduction, axis, sample_weight, normalizer, empty, loss_dtype, out, num_threads
         As for `nll_loss`.
     grad_output, grad_out
         As for `cross_entropy_with_grad`.
@@ -266,7 +275,10 @@ def nll_loss_with_grad(
     array([[ 0. , -0.5],
            [-0.5,  0. ]])
     """
-    options = _call.options(weight, ignore_index, reduction, axis=axis, loss_dtype=loss_dtype)
+    options = _call.options(
+        weight, ignore_index, reduction, axis=axis, sample_weight=sample_weight, normalizer=normalizer, empty=empty,
+        loss_dtype=loss_dtype,
+    )  # fmt: skip
     call = _call.nll_with_grad(log_probs, target, options, out, num_threads, grad_output, grad_out)
     call.run()
     return call.loss(), call.gradient()

@@ -250,11 +250,17 @@ class Products:
         return np.ones(len(gradient), gradient.dtype) @ gradient
 
 
-def _finite(value, name):
+def _finite(value, name, dtype):
+    """A number that is finite in the dtype that computes with it."""
     value = _call.as_double(value, name)
-    if not np.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not np.isfinite(_rounded(value, dtype)):
+        raise ValueError(f"{name} must be finite in {dtype}, got {value}")
     return value
+
+
+@np.errstate(all="ignore")
+def _rounded(value, dtype):
+    return dtype.type(value)
 
 
 def _neighbours(places):
@@ -318,8 +324,9 @@ class Problem:
         bias = None if linear_bias is None else _call.floating(linear_bias, "linear_bias")
         given = target = _call.as_array(target, "target")
         grad_output = None if grad_output is None else _call.as_real(grad_output, "grad_output")
-        self.logit_scale = _finite(logit_scale, "logit_scale")
-        self.softcap = None if softcap is None else _finite(softcap, "softcap")
+        dtype = np.dtype(np.float64 if hidden.dtype == np.float64 else np.float32)
+        self.logit_scale = _finite(logit_scale, "logit_scale", dtype)
+        self.softcap = None if softcap is None else _finite(softcap, "softcap", dtype)
         num_threads = _threads.checked(num_threads)
         chunk_bytes = None if chunk_bytes is None else int(operator.index(chunk_bytes))
         shift = bool(shift)
@@ -335,8 +342,8 @@ class Problem:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {array.dtype}")
         if bias is not None and bias.shape != (classes,):
             raise ValueError(f"linear_bias must have shape ({classes},), got {bias.shape}")
-        if softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap must be positive, got {softcap}")
+        if softcap is not None and not _rounded(self.softcap, dtype) > 0:
+            raise ValueError(f"softcap must be positive in {dtype}, got {softcap}")
         if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
         rows = hidden.shape[:-1]
@@ -350,13 +357,14 @@ class Problem:
                 )
             self.places = self.places.reshape(rows)[..., :-1].ravel()
             rows, target = (*rows[:-1], max(0, rows[-1] - 1)), target[..., 1:]
-        self.checked = _call.rows_of_linear(rows, classes, hidden.dtype, target, options, grad_output)
+        self.checked = _call.rows_of_linear(rows, classes, hidden.dtype, target, options, grad_output, shifted=shift)
         self.names = ("hidden", "linear_weight", "target", "linear_bias", "weight", "sample_weight", "grad_output")
         self.inputs = (hidden, linear_weight, given, bias, options.weight, options.sample_weight, grad_output)
         if out is not None:
             self.checked.write_loss_to(loss_memory, out, self.names, self.inputs)
             self.inputs, self.names = (*self.inputs, loss_memory), (*self.names, "out")
         self.labels, self.samples, self.factor = self.checked.labels(), self.checked.sample_weights(), self.checked.grad_scale()
+        self.class_weights = self.checked.class_weights()
         self.probabilities = target.reshape(len(self.places), classes) if self.labels is None else None
         self.options = options
         self.losses = np.zeros(len(self.places))
@@ -419,7 +427,7 @@ class Problem:
 
     def _losses(self, rows, logits, want_gradient):
         target = self.labels[rows] if self.probabilities is None else self.probabilities[_neighbours(rows)]
-        options = self.options.of_rows(None if self.samples is None else self.samples[rows])
+        options = self.options.of_rows(self.class_weights, None if self.samples is None else self.samples[rows])
         if want_gradient:
             factor = self.factor if np.ndim(self.factor) == 0 else self.factor[rows]
             call = _call.cross_entropy_with_grad(

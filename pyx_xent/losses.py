@@ -6,23 +6,18 @@ __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "Softmax"]
 
 
 class _Options:
-    """Keeps keyword options, shows them in repr, and the last call for backward()."""
+    """Keeps keyword options as attributes, which may be set later and show in repr, and the last call for backward()."""
 
     def __init__(self, **options):
-        self._options = options
+        vars(self).update(options)
         self._last = None
 
-    def __getattr__(self, name):
-        try:
-            return self.__dict__["_options"][name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None
-
     def __getstate__(self):
-        return {"_options": self._options, "_last": None}
+        return vars(self) | {"_last": None}
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._options.items())})"
+        options = (f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({', '.join(options)})"
 
     def _last_call(self):
         last = self._last  # read once: another thread may call
@@ -39,8 +34,8 @@ class CrossEntropyLoss(_Options):
 
     Parameters
     ----------
-    weight, ignore_index, reduction, label_smoothing
-        As for `pyx_xent.cross_entropy`.
+    weight, ignore_index, reduction, label_smoothing, axis, z_loss, empty, loss_dtype
+        As for `pyx_xent.cross_entropy`. They are attributes, which may be set later.
 
     Examples
     --------
@@ -53,13 +48,30 @@ class CrossEntropyLoss(_Options):
     array([[-0.1477,  0.142 ,  0.0058]])
     """
 
-    def __init__(self, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-        super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    def __init__(
+        self,
+        weight=None,
+        *,
+        ignore_index=-100,
+        reduction="mean",
+        label_smoothing=0.0,
+        axis=None,
+        z_loss=0.0,
+        empty="nan",
+        loss_dtype=None,
+    ):
+        super().__init__(
+            weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, axis=axis,
+            z_loss=z_loss, empty=empty, loss_dtype=loss_dtype,
+        )  # fmt: skip
 
-    def __call__(self, logits, target):
+    def __call__(self, logits, target, *, sample_weight=None, normalizer=None):
         """The loss of `logits` for `target`; see `pyx_xent.cross_entropy` for shapes, dtypes and errors."""
         self._last = None
-        options = _call.options(self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+        options = _call.options(
+            self.weight, self.ignore_index, self.reduction, self.label_smoothing, self.axis, sample_weight, normalizer,
+            self.z_loss, self.empty, self.loss_dtype,
+        )  # fmt: skip
         call = _call.cross_entropy_with_state(logits, target, options)
         call.run()
         self._last = call
@@ -103,13 +115,19 @@ class NLLLoss(_Options):
     array([[ 0., -1.]])
     """
 
-    def __init__(self, weight=None, *, ignore_index=-100, reduction="mean"):
-        super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction)
+    def __init__(self, weight=None, *, ignore_index=-100, reduction="mean", axis=None, empty="nan", loss_dtype=None):
+        super().__init__(
+            weight=weight, ignore_index=ignore_index, reduction=reduction, axis=axis, empty=empty, loss_dtype=loss_dtype
+        )
 
-    def __call__(self, log_probs, target):
+    def __call__(self, log_probs, target, *, sample_weight=None, normalizer=None):
         """The loss of `log_probs` for `target`; see `pyx_xent.nll_loss`."""
         self._last = None
-        call = _call.nll(log_probs, target, _call.options(self.weight, self.ignore_index, self.reduction))
+        options = _call.options(
+            self.weight, self.ignore_index, self.reduction, axis=self.axis, sample_weight=sample_weight, normalizer=normalizer,
+            empty=self.empty, loss_dtype=self.loss_dtype,
+        )  # fmt: skip
+        call = _call.nll(log_probs, target, options)
         call.run()
         self._last = call
         return call.loss()

@@ -147,6 +147,33 @@ def test_a_target_of_the_logits_shape_must_be_floating(dtype):
         px.cross_entropy(np.zeros((2, 3)), np.zeros((2, 3), dtype))
 
 
+LOGITS, LABELS = np.zeros((3, 4), np.float32), np.array([0, 1, 3])
+
+
+class TensorWithGrad:
+    requires_grad = True
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((LOGITS, LABELS[:, None]), "Expected target size (3,), got (3, 1): target.squeeze(-1) has it"),
+    ((LABELS, LOGITS), "logits must be float32, float64, float16 or bfloat16, got int64: was target given first?"),
+    ((LOGITS, np.eye(3, 4, dtype=int)), "one-hot labels are of a floating dtype, or indices, target.argmax(1)"),
+    ((LOGITS[:, 0], LABELS), "Binary logits x are rows of two, numpy.stack([0 * x, x], 1)"),
+    ((LOGITS, [0.0, np.nan, 1.5]), "got float64: target[1] is nan"),
+    ((LOGITS, [0.0, 1.0, 1.5]), "got float64: target[2] is 1.5"),
+    ((LOGITS, [0.0, 1.0, 2.0]), "Expected an integer dtype for target with class indices, got float64"),
+    ((LOGITS, ["cat", "dog", "cat"]), "numpy.unique(target, return_inverse=True)[1] numbers the classes"),
+    ((LOGITS, np.array(["cat", "dog", "cat"], object)), "numpy.unique(target, return_inverse=True)[1] numbers the classes"),
+    ((TensorWithGrad(), LABELS), "logits is a tensor that requires grad, and NumPy would lose the gradient: use pyx_xent"),
+])  # fmt: skip
+def test_common_mistakes_are_named(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        px.cross_entropy(*arguments)
+
+
 @pytest.mark.spec("S38")
 def test_nll_loss_has_no_soft_targets():
     with raises(ValueError, "Expected target size (2,), got (2, 3)"):

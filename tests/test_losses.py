@@ -1,5 +1,6 @@
 """The objects: constructors of torch.nn, and a gradient that is the fused one bit for bit."""
 
+import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,15 +94,40 @@ def test_backward_of_one_object_in_several_threads(isa, rng):
                 assert same_bits(result, alone)
 
 
-def test_options_are_attributes_and_survive_pickling():
-    criterion = px.CrossEntropyLoss(ignore_index=-1, label_smoothing=0.1)
-    criterion(np.zeros((1, 2)), [0])
-    assert repr(criterion) == "CrossEntropyLoss(weight=None, ignore_index=-1, reduction='mean', label_smoothing=0.1)"
-    again = pickle.loads(pickle.dumps(criterion))
-    assert repr(again) == repr(criterion)
-    assert again.label_smoothing == 0.1
-    with pytest.raises(AttributeError, match="CrossEntropyLoss has no attribute 'epsilon'"):
-        _ = again.epsilon
+def test_options_are_attributes_and_survive_copies():
+    logits, target = np.arange(6.0).reshape(2, 3), np.array([0, 1])
+    for criterion, later in (
+        (px.CrossEntropyLoss(ignore_index=-1, label_smoothing=0.1), {"label_smoothing": 0.2, "z_loss": 0.1, "axis": 1}),
+        (px.NLLLoss(reduction="sum"), {"reduction": "none", "loss_dtype": np.float64}),
+        (px.Softmax(), {"dim": 0}),
+    ):
+        arguments = (logits,) if isinstance(criterion, px.Softmax) else (logits, target)
+        criterion(*arguments)
+        for name, value in later.items():
+            setattr(criterion, name, value)
+            assert f"{name}={value!r}" in repr(criterion)
+        for again in (copy.copy(criterion), copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+            assert repr(again) == repr(criterion)
+            assert same_bits(again(*arguments), criterion(*arguments))
+        with pytest.raises(AttributeError, match="no attribute 'epsilon'"):
+            _ = criterion.epsilon
+
+
+def test_objects_take_what_functions_take(rng):
+    logits, target = rng.normal(size=(4, 5)).astype(np.float32), np.array([0, 1, -100, 4])
+    of_call = {"sample_weight": np.array([1.0, 0.5, 2.0, 0.25]), "normalizer": 3.0}
+    for criterion, function, options in (
+        (
+            px.CrossEntropyLoss,
+            px.cross_entropy_with_grad,
+            {"axis": -1, "z_loss": 0.1, "empty": "zero", "loss_dtype": np.float64},
+        ),
+        (px.NLLLoss, px.nll_loss_with_grad, {"axis": -1, "empty": "zero", "loss_dtype": np.float64}),
+    ):
+        made = criterion(**options)
+        loss, gradient = function(logits, target, **options, **of_call)
+        assert same_bits(made(logits, target, **of_call), loss)
+        assert same_bits(made.backward(), gradient)
 
 
 @pytest.mark.spec("S32")
