@@ -17,9 +17,12 @@ functional.py ── _call.pyx           one entry an operation: every argument 
                                                vectors.h              what a vector is on this processor
 linear.py       a linear layer and its loss, some rows at a time
 losses.py       objects with the constructors of torch.nn
-torch.py        the functions and modules of PyTorch; imported on request
+torch/          the functions and modules of PyTorch; imported on request
 reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
 """
+
+import importlib
+import importlib.util
 
 from ._config import show_config
 from ._dispatch import active as isa
@@ -61,3 +64,18 @@ __all__ = [
     "softmax",
     "softmax_backward",
 ]
+
+
+def __getattr__(name):
+    if name != "torch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.import_module(".torch", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise AttributeError(str(error)) from None  # so that hasattr() says no
+
+
+def __dir__():
+    return [*globals(), *(["torch"] if importlib.util.find_spec("torch") else [])]

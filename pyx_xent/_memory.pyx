@@ -23,12 +23,15 @@ import numpy as np
 
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
-from cpython.ref cimport PyObject
+from cpython.ref cimport Py_INCREF, PyObject, PyTypeObject
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset, strcpy
 
 cdef extern from "numpy/arrayobject.h":
     PyObject* PyDataMem_DefaultHandler
+    cnp.ndarray PyArray_NewFromDescr(
+        PyTypeObject*, cnp.dtype, int, cnp.npy_intp*, cnp.npy_intp*, void*, int, PyObject*
+    )
 
 cdef extern from "_atomic.h":
     void* swap "pyx_xent_swap"(void** place, void* value) noexcept
@@ -216,9 +219,53 @@ def empty_like(cnp.ndarray array, dtype):
         cnp.PyDataMem_SetHandler(before)
 
 
+def array_at(
+    size_t address, Py_ssize_t first, Py_ssize_t nbytes,
+    shape, tuple strides, cnp.dtype dtype, owner,
+):
+    """The numbers of `owner`, another library's tensor, as an array that keeps it alive; nothing is copied.
+
+    They are strided numbers (element strides, not negative) from `address` on, where the `first` of a memory of `nbytes` lies.
+    ValueError if they reach beyond that.
+    """
+    cdef cnp.npy_intp dims[64]
+    cdef cnp.npy_intp steps[64]
+    cdef Py_ssize_t itemsize = dtype.itemsize, last = first, k
+    cdef bint empty = False
+    cdef cnp.ndarray array
+    if len(shape) > 64 or len(strides) != len(shape):
+        raise ValueError(f"an array has at most 64 axes, and as many strides, got {len(shape)} and {len(strides)}")
+    for k in range(len(shape)):
+        dims[k] = shape[k]
+        steps[k] = <Py_ssize_t>strides[k] * itemsize
+        last += (dims[k] - 1) * <Py_ssize_t>strides[k]
+        empty = empty or dims[k] == 0
+    if not empty and (address == 0 or (last + 1) * itemsize > nbytes):
+        raise ValueError(f"numbers of shape {tuple(shape)} need {(last + 1) * itemsize} bytes, and there are {nbytes}: was the memory freed?")
+    Py_INCREF(dtype)                                  # which the next call takes over
+    array = PyArray_NewFromDescr(
+        <PyTypeObject*>cnp.ndarray, dtype, <int>len(shape), dims, steps, <void*>address, cnp.NPY_ARRAY_WRITEABLE, NULL
+    )
+    cnp.set_array_base(array, owner)
+    return array
+
+
 def kept_bytes():
     """Bytes that nobody uses and that are kept for the next large output."""
     return load(&kept)
+
+
+def budget_bytes():
+    """The most bytes that reuse_gradients lets be kept."""
+    return load(&budget)
+
+
+shrunk = []  # what else keeps memory, and is called when the budget has been set
+
+
+def also_when_shrunk(function):
+    """Call `function` whenever reuse_gradients has set the budget."""
+    shrunk.append(function)
 
 
 def reuse_gradients(max_bytes):
@@ -264,6 +311,8 @@ def reuse_gradients(max_bytes):
         raise ValueError(f"max_bytes must be an int and not negative, got {max_bytes!r}")
     store(&budget, min(most, sys.maxsize))
     shrink(load(&budget))
+    for function in shrunk:
+        function()
 
 
 def forget():

@@ -1,5 +1,7 @@
 """Fixtures that run a test for every instruction set and element type of this machine, on real threads."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,32 @@ def assert_close(actual, expected, tolerance):
 def same_bits(a, b):
     a, b = np.asarray(a), np.asarray(b)
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+@pytest.fixture(autouse=True)
+def _as_new():
+    """What pyx_xent.torch has patched and found out is forgotten after each test."""
+    yield
+    patching, habits = (sys.modules.get(f"pyx_xent.torch.{name}") for name in ("patching", "_habits"))
+    if patching is not None:
+        patching.unpatch()
+        habits.forget()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the entries of _call that pyx_xent.torch has called."""
+    import pyx_xent.torch._calls
+    from pyx_xent import _call
+
+    found = []
+
+    class Recording:
+        def __getattr__(self, name):
+            entry = getattr(_call, name)
+            if not name.startswith(("cross_entropy", "nll")):
+                return entry
+            return lambda *a, **k: found.append(name) or entry(*a, **k)
+
+    monkeypatch.setattr(pyx_xent.torch._calls, "_call", Recording())
+    return found

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 ours = importlib.import_module("pyx_xent.torch")
-from test_torch import DTYPES, F, FlopCounterMode, assert_equal, both, operator  # noqa: E402
+from helpers_torch import DTYPES, F, FlopCounterMode, assert_equal, both, operator  # noqa: E402
 
 CLASSES, WIDTH, ROWS = 37, 5, 12
 SMALL = 4 * CLASSES * 8  # bytes: chunks of some rows
@@ -341,15 +341,18 @@ def test_compiled_function(generator, dtype, reduction):
 
 def test_operators_keep_pytorchs_rules(generator):
     hidden, weight, bias, target = problem(generator)
-    options = ("mean", -100, 0.1, 0.5, 3.0, False, SMALL)
-    torch.library.opcheck(torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, None, *options, [True] * 3))
+    options = ("mean", -100, 0.1, 0.0, "nan", None, False, 0.5, 3.0, False, SMALL)
+    others = None, None, None
     torch.library.opcheck(
-        torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, None, "none", *options[1:], [False] * 3)
+        torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, *others, *options, [True] * 3)
+    )
+    torch.library.opcheck(
+        torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, *others, "none", *options[1:], [False] * 3)
     )
     backward = (
         torch.ones((), dtype=torch.float64),
         *(t.detach() for t in (hidden, weight, target, bias)),
-        None,
+        *others,
         *options,
         [True] * 3,
     )
@@ -358,8 +361,8 @@ def test_operators_keep_pytorchs_rules(generator):
 
 def test_double_backward_of_the_operator_is_not_missing_a_term(generator):
     hidden, weight, bias, target = problem(generator)
-    options = ("mean", -100, 0.0, 1.0, None, False, SMALL)
-    out = torch.ops.pyx_xent.linear_cross_entropy(hidden, weight, target, bias, None, *options, [True] * 3)[0]
+    options = ("mean", -100, 0.0, 0.0, "nan", None, False, 1.0, None, False, SMALL)
+    out = torch.ops.pyx_xent.linear_cross_entropy(hidden, weight, target, bias, None, None, None, *options, [True] * 3)[0]
     expected = explicit(hidden, weight, bias, target)
     found = []
     for loss in (out, expected):

@@ -1,0 +1,130 @@
+"""One call of the kernels, for tensors: what eager losses and operators have in common."""
+
+import numpy as np
+import torch
+
+from .. import _call
+from ._tensors import HALVES, array_of, gradient_like
+
+_SERIAL = 1 << 16  # elements: smaller calls have one thread anyway
+_NUMPYS = {None: None, torch.float32: np.float32, torch.float64: np.float64}
+
+
+def _real_array(tensor):
+    """Of weights, which may be absent; they are cast in any case, so bfloat16 ones here."""
+    return None if tensor is None else array_of(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
+
+
+_MOST_CONVERTED = 256
+_converted = {}  # options without tensors
+
+
+def converted_options(tensors, options, axis=None):
+    """Options and the tensors that belong to them, as _call takes them."""
+    alone = tensors.weight is None and tensors.sample_weight is None and tensors.normalizer is None and axis is None
+    # 1 and 1.0 are the same key, but no float is an ignore_index.
+    if not (alone and type(options.reduction) is str and type(options.ignore_index) is int):
+        return _convert(tensors, options, axis)
+    converted = _converted.get(options)
+    if converted is not None:
+        return converted
+    converted = _convert(tensors, options, axis)
+    if len(_converted) >= _MOST_CONVERTED:
+        _converted.clear()
+    _converted[options] = converted
+    return converted
+
+
+def _convert(tensors, options, axis):
+    if options.loss_dtype not in _NUMPYS:
+        raise TypeError(f"loss_dtype must be None, torch.float32 or torch.float64, got {options.loss_dtype}")
+    return _call.options(
+        _real_array(tensors.weight), options.ignore_index, options.reduction, options.label_smoothing, axis,
+        _real_array(tensors.sample_weight), tensors.normalizer, options.z_loss, options.empty, _NUMPYS[options.loss_dtype],
+        if_last="input.movedim(-1, 1), if it is the last",
+    )  # fmt: skip
+
+
+def upstream_of(grad_output):
+    """A number, or one for each row."""
+    return array_of(grad_output.double()) if grad_output.dim() else float(grad_output)
+
+
+def _arguments(tensors, options):
+    """Of an entry of _call: (logits, target, options)"""
+    return array_of(tensors.input), array_of(tensors.target), converted_options(tensors, options)
+
+
+def _threads(input):
+    return None if input.numel() < _SERIAL else torch.get_num_threads()
+
+
+def _ran(call):
+    call.run()
+    return call
+
+
+def with_loss(tensors, options):
+    """The call that has the loss."""
+    entry = _call.nll if options.log_probs else _call.cross_entropy
+    return _ran(entry(*_arguments(tensors, options), num_threads=_threads(tensors.input)))
+
+
+def with_state(tensors, options):
+    """The call that has the loss, and what `gradient` takes: an array, (2, rows) float64. None of log-probabilities."""
+    if options.log_probs:
+        return with_loss(tensors, options), None
+    call = _ran(_call.cross_entropy_with_state(*_arguments(tensors, options), num_threads=_threads(tensors.input)))
+    return call, call.row_state()
+
+
+def with_gradient(tensors, options, upstream, out):
+    """The call that has the loss; the gradient, for an upstream number or array, goes into the tensor `out`."""
+    entry = _call.nll_with_grad if options.log_probs else _call.cross_entropy_with_grad
+    call = _ran(
+        entry(*_arguments(tensors, options), num_threads=_threads(tensors.input), grad_output=upstream, grad_out=array_of(out))
+    )
+    call.gradient()
+    return call
+
+
+def gradient(grad_output, tensors, state, options, out=None):
+    """The gradient with respect to the logits, in `out` or a new tensor; faster from the state that the loss has left."""
+    if grad_output.dim() and options.reduction != "none":
+        raise ValueError(
+            f"grad_output must be a scalar for reduction={options.reduction!r}, got shape {tuple(grad_output.shape)}"
+        )
+    out = gradient_like(tensors.input) if out is None else out
+    if state is None:
+        with_gradient(tensors, options, upstream_of(grad_output), out)
+        return out
+    call = _ran(
+        _call.cross_entropy_gradient(
+            *_arguments(tensors, options), state, num_threads=_threads(tensors.input), grad_output=upstream_of(grad_output),
+            grad_out=array_of(out),
+        )
+    )  # fmt: skip
+    call.gradient()
+    return out
+
+
+def dtype_of_loss(tensors, options):
+    """SPEC S11, S40; under autocast float32, as PyTorch's loss is."""
+    input, target, weight = tensors[:3]
+    if options.loss_dtype is not None:
+        return options.loss_dtype
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return torch.float32 if dtype in HALVES and torch.is_autocast_enabled("cpu") else dtype
+
+
+def loss_of(call, dtype):
+    """The loss of a call, rounded once."""
+    loss = call.loss_in_double()
+    if type(loss) is float:
+        return torch.scalar_tensor(loss, dtype=dtype, device="cpu")
+    result = torch.empty(loss.shape, dtype=dtype, device="cpu")
+    return result.copy_(torch.from_numpy(loss))

@@ -1,0 +1,103 @@
+"""Derivatives of the gradient (SPEC S33) and the gradient of class probabilities, by operations that PyTorch differentiates."""
+
+import torch
+
+from ._tensors import HALVES
+
+
+def class_axis(input):
+    """Where the classes are."""
+    return 0 if input.dim() == 1 else 1
+
+
+def is_soft(tensors, options):
+    """Whether the target is class probabilities."""
+    return not options.log_probs and tensors.target.shape == tensors.input.shape
+
+
+def _of_classes(numbers, input, axis):
+    """(C,) numbers, to be multiplied with the logits."""
+    return numbers.view([-1] + [1] * (input.dim() - axis - 1))
+
+
+def _divisor(tensors, options, live, w_y, s):
+    """Of the mean: SPEC S15, S16, S23, S24."""
+    if tensors.normalizer is not None:
+        return tensors.normalizer
+    if w_y is None:  # class probabilities
+        axis = class_axis(tensors.input)
+        return tensors.input.numel() / tensors.input.shape[axis] if tensors.sample_weight is None else s.sum()
+    divisor = live.sum() if tensors.weight is None and tensors.sample_weight is None else (w_y * s).sum()
+    return torch.where(divisor == 0, torch.inf, divisor) if options.empty != "nan" else divisor
+
+
+def derivatives_of_gradient(grad_output, tensors, options, cotangent):
+    """Derivatives of Σ cotangent · gradient(grad_output, input, target): of grad_output, of input, of target.
+
+    That of target is None with class indices.
+    """
+    input, target, weight, sample_weight, _ = tensors
+    smoothing, z = options.label_smoothing, options.z_loss
+    axis, soft = class_axis(input), is_soft(tensors, options)
+    classes = input.shape[axis]
+    dtype = torch.float32 if input.dtype in HALVES else input.dtype
+    dtype = torch.promote_types(dtype, target.dtype) if soft else dtype
+    x, v, g = input.to(dtype), cotangent.to(dtype), grad_output.to(dtype)
+    s = torch.ones((), dtype=dtype) if sample_weight is None else sample_weight.to(dtype).reshape(v.sum(axis).shape)
+    w = torch.ones(classes, dtype=dtype) if weight is None else weight.to(dtype)
+    of_class = _of_classes(w, x, axis)
+    live = s != 0
+    # A gradient is h (mass p - own): see SPEC S31. own_v: Σ own v, of each row.
+    if soft:
+        own = of_class * ((1 - smoothing) * target.to(dtype) + smoothing / classes)
+        mass, own_v, w_y = own.sum(axis), (own * v).sum(axis), None
+    else:
+        y = target.reshape(v.sum(axis).shape).long()
+        live = live & (y != options.ignore_index)
+        y = torch.where(live, y, 0)
+        w_y = torch.where(live, w[y], 0)
+        v_y = v.gather(axis, y.unsqueeze(axis)).squeeze(axis)
+        mass = (1 - smoothing) * w_y + smoothing / classes * w.sum()
+        own_v = (1 - smoothing) * w_y * v_y + smoothing / classes * (of_class * v).sum(axis)
+    h = g * s / _divisor(tensors, options, live, w_y, s) if options.reduction == "mean" else g * s
+    of_input, of_row = None, -own_v
+    if not options.log_probs:
+        x = torch.where(live.unsqueeze(axis) if live.dim() else live, x, 0)
+        p = x.softmax(axis)
+        p_v = (p * v).sum(axis)
+        mass = mass + 2 * z * x.logsumexp(axis) if z else mass
+        of_row = mass * p_v - own_v
+        a = torch.where(live, h, 0)
+        of_input = (mass.unsqueeze(axis) * (v - p_v.unsqueeze(axis)) + 2 * z * p_v.unsqueeze(axis)) * p
+        of_input = (of_input * (a.unsqueeze(axis) if a.dim() else a)).to(input.dtype)
+    of_row = torch.where(live, of_row * s, 0)
+    if options.reduction == "mean":
+        of_row = of_row / _divisor(tensors, options, live, w_y, s)
+    of_grad_output = (of_row if options.reduction == "none" else of_row.sum()).to(grad_output.dtype)
+    of_target = None
+    if soft:
+        h = h.unsqueeze(axis) if h.dim() else h
+        of_target = ((1 - smoothing) * h * of_class * (p_v.unsqueeze(axis) - v)).to(target.dtype)
+    return of_grad_output, of_input, of_target
+
+
+def gradient_of_target(grad_output, tensors, options):
+    """SPEC S31, of class probabilities: (1-ε) g s w_c (-ℓ_c). Seldom asked for."""
+    input, target, weight, sample_weight, normalizer = tensors
+    axis = class_axis(input)
+    dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), torch.float32)
+    log_p = input.to(dtype).log_softmax(axis)
+    g = grad_output.to(dtype)
+    if sample_weight is not None:
+        s = sample_weight.to(dtype).reshape(log_p.sum(axis).shape)
+        log_p = torch.where((s != 0).unsqueeze(axis) if s.dim() else s != 0, log_p, 0)
+        g = g * s
+    if options.reduction == "mean":
+        if normalizer is not None:
+            g = g / normalizer
+        else:
+            g = g / (input.numel() / input.shape[axis] if sample_weight is None else sample_weight.to(dtype).sum())
+    gradient = -(1 - options.label_smoothing) * (g.unsqueeze(axis) if g.dim() else g) * log_p
+    if weight is not None:
+        gradient = gradient * _of_classes(weight.to(dtype), input, axis)
+    return gradient.to(target.dtype)

@@ -1,0 +1,104 @@
+"""The products of a linear layer by PyTorch, and one call of pyx_xent.linear with them."""
+
+import numpy as np
+import torch
+
+from .. import linear
+from . import _calls, _private
+from ._options import Tensors
+from ._tensors import array_of, contiguous_gradient, gradient_like, tensor_of
+
+
+class Products(linear.Products):
+    """PyTorch's products, on OpenMP's threads, as the loss; bfloat16 ones where oneDNN has them, else in float32."""
+
+    on_python_threads = False
+    CLASSES_AT_ONCE = 512  # of the logits: MKL is faster in such parts than for all classes
+
+    def __init__(self, linear_weight):
+        super().__init__(linear_weight)
+        self.tensor = tensor_of(linear_weight)
+        self.wide_dtype = torch.float64 if self.dtype == np.float64 else torch.float32
+        self.multiplied = self.wide_dtype
+        if self.tensor.dtype is torch.bfloat16 and _private.has_bfloat16_products():
+            self.multiplied = torch.bfloat16
+            self.buffer_dtype = linear_weight.dtype
+        if self.tensor.dtype is self.multiplied:
+            self.converted = [slice(None)]
+
+    def of_classes(self, some):
+        return self.tensor[some].to(self.multiplied)
+
+    def wide(self, array):
+        return tensor_of(array).to(self.wide_dtype).numpy()
+
+    def store(self, values, out, places):
+        out = tensor_of(out)
+        out[places] = torch.from_numpy(values).to(out.dtype)
+
+    def logits(self, hidden, out):
+        hidden, out = tensor_of(hidden).to(self.multiplied), tensor_of(out)
+        size = len(self.tensor) if self.multiplied is torch.bfloat16 else self.CLASSES_AT_ONCE
+        for first in range(0, len(self.tensor), max(1, size)):
+            some = slice(first, first + size)
+            torch.mm(hidden, self.of_classes(some).T, out=out[:, some])
+
+    def grad_hidden(self, gradient):
+        gradient = tensor_of(gradient)
+        return sum(torch.mm(gradient[:, some], self.of_classes(some)).to(self.wide_dtype) for some in self.converted).numpy()
+
+    def add_grad_weight(self, gradient, hidden, total, first):
+        gradient, hidden, total = tensor_of(gradient).T, tensor_of(hidden).to(self.multiplied), tensor_of(total)
+        if total.dtype is self.multiplied:
+            torch.addmm(total, gradient, hidden, beta=0 if first else 1, out=total)
+            return
+        for some in self.parts:
+            part = torch.mm(gradient[some], hidden)
+            if first:
+                total[some] = part
+            else:
+                total[some] += part
+
+    def sums_of_classes(self, gradient):
+        return tensor_of(gradient).sum(0, dtype=self.wide_dtype).numpy()
+
+
+def problem_of(tensors, options, upstream=None):
+    """The checked arguments; upstream: a number or an array."""
+    of_loss = Tensors(tensors.input, tensors.target, *tensors[4:])
+    return linear.Problem(
+        array_of(tensors.input), array_of(tensors.linear_weight), array_of(tensors.target),
+        _calls.converted_options(of_loss, options.loss, axis=-1),
+        linear_bias=None if tensors.linear_bias is None else array_of(tensors.linear_bias), logit_scale=options.logit_scale,
+        softcap=options.softcap, shift=options.shift, num_threads=torch.get_num_threads(), chunk_bytes=options.chunk_bytes,
+        grad_output=upstream, products=Products,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def with_loss(tensors, options):
+    """The call that has the loss."""
+    return linear.run(problem_of(tensors, options))
+
+
+@torch.no_grad()
+def with_gradients(tensors, options, upstream, needed):
+    """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
+    problem = problem_of(tensors, options, upstream)
+    dtype = torch.float64 if problem.products.dtype == np.float64 else torch.float32
+    found = [
+        contiguous_gradient(tensor.shape, dtype) if is_needed and tensor is not None else None
+        for tensor, is_needed in zip((*tensors[:2], tensors.linear_bias), needed, strict=True)
+    ]
+    places = tuple(None if gradient is None else array_of(gradient) for gradient in found)
+    wanted = [name for name, gradient in zip(linear.GRADIENTS, found, strict=True) if gradient is not None]
+    call, _ = linear.run_with_gradients(problem, places, wanted, problem.products.dtype)
+    return call, found
+
+
+def rounded(gradients, tensors):
+    """The gradients in the dtypes of their tensors."""
+    return [
+        gradient if gradient is None or gradient.dtype is tensor.dtype else gradient_like(tensor).copy_(gradient)
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+    ]

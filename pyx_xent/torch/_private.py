@@ -1,0 +1,94 @@
+"""What pyx_xent.torch needs of PyTorch that is not public: one function each, and nowhere else.
+
+They are looked for at import. Where one is gone, either there is another way, which is taken, or the import says what is
+missing. Tried with PyTorch 2.13.
+"""
+
+import sys
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _needed(name):
+    """torch._C.<name>, whose absence nothing else makes up for."""
+    try:
+        return getattr(torch._C, name)
+    except AttributeError:
+        raise ImportError(
+            f"pyx_xent.torch needs torch._C.{name}, which PyTorch {torch.__version__} does not have; it was tried with 2.13"
+        ) from None
+
+
+_dispatch_modes = _needed("_len_torch_dispatch_stack")
+_transforms_active = _needed("_are_functorch_transforms_active")
+_tracing_state = _needed("_get_tracing_state")
+_autograd = getattr(torch._C, "_autograd", None)
+
+
+def is_watched():
+    """Whether a TorchDispatchMode sees each operator."""
+    return _dispatch_modes() > 0
+
+
+def is_traced():
+    """Whether torch.jit.trace is at work."""
+    return _tracing_state() is not None
+
+
+def is_anything_at_work():
+    """Whether any of all this is."""
+    return _dispatch_modes() > 0 or _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
+
+
+def is_transformed():
+    """Whether torch.func or forward-mode derivatives are at work. Dynamo understands it, too."""
+    return forward_ad._current_level >= 0 or _transforms_active()
+
+
+def is_batched(tensor):
+    """Whether a tensor is a batch of torch.vmap, or of torch.autograd.grad(is_grads_batched=True), which has another kind."""
+    batches = torch._C._functorch
+    return batches.is_functorch_wrapped_tensor(tensor) or batches.is_legacy_batchedtensor(tensor)
+
+
+def saved_tensors_are_hooked():
+    """Whether torch.autograd.graph.saved_tensors_hooks are at work; if nobody can tell, no."""
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
+_uses_of = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def holders_of(tensor):
+    """Of a tensor's memory, what changes when another tensor or a storage object holds it; None: nobody can tell."""
+    storage = tensor.untyped_storage()
+    return None if _uses_of is None else (_uses_of(storage._cdata), sys.getrefcount(storage))
+
+
+def apply_of(function):
+    """`apply` of a torch.autograd.Function that is never called under torch.func, which Function's own looks after."""
+    return super(torch.autograd.Function, function).apply
+
+
+def has_bfloat16_products():
+    """Whether oneDNN multiplies bfloat16 on this processor."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and supported()
+
+
+def reduction_of(size_average, reduce):
+    """The reduction that the deprecated arguments stand for, with PyTorch's own warning."""
+    return torch.nn._reduction.legacy_get_string(size_average, reduce)
+
+
+def is_exporting():
+    """Whether torch.export is at work, whose programs run where pyx_xent is not."""
+    asked = getattr(torch.compiler, "is_exporting", None)
+    return asked is not None and asked()
+
+
+def is_fake(tensor):
+    """Whether a tensor stands for one, as under FakeTensorMode."""
+    return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,0 +1,85 @@
+"""Which way a call goes.
+
+EAGER      ordinary CPU tensors, and nothing watches what is done with them: straight to the kernels
+OPERATOR   torch.compile, dispatch modes, fake tensors: torch.ops.pyx_xent.*, and PyTorch's dispatcher, which knows the rules
+PYTORCH    what neither can do: other devices and layouts, torch.func, forward-mode derivatives, tracing, export, tensors with a
+           __torch_dispatch__ of their own (DTensor). PyTorch's own function computes it, or says what is wrong
+"""
+
+import torch
+from torch import Tensor
+
+from . import _private
+
+EAGER, OPERATOR, PYTORCH = "eager", "operator", "pytorch"
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_memory(tensor):
+    """Whether a tensor of the CPU is numbers in memory, whatever its class is called."""
+    return tensor.layout is torch.strided and (
+        type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+def is_plain(input, target, weight, sample_weight, normalizer):
+    """Whether the way is EAGER, and no weight requires grad, seen soon. If not, check, and ask way_of."""
+    if torch.compiler.is_compiling() or type(input) not in _PLAIN or type(target) not in _PLAIN:
+        return False
+    for tensor in (weight, sample_weight):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.requires_grad or not _is_in_memory(tensor)):
+            return False
+    if normalizer is not None and type(normalizer) is not float:
+        return False
+    return _is_in_memory(input) and _is_in_memory(target) and not _private.is_anything_at_work()
+
+
+def _is_in_memory(tensor):
+    return tensor.is_cpu and tensor.layout is torch.strided
+
+
+def way_of(tensors):
+    """The way of a call with such tensors, of which some may be None or numbers."""
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if not all(tensor.is_cpu for tensor in tensors):
+        _check_devices(tensors)
+        return PYTORCH
+    if _private.is_transformed():
+        return PYTORCH
+    if torch.compiler.is_compiling():
+        strided = all(tensor.layout is torch.strided for tensor in tensors)
+        return OPERATOR if strided and not _private.is_exporting() else PYTORCH
+    if _private.is_traced():
+        return PYTORCH
+    if all(_is_memory(tensor) for tensor in tensors):
+        return OPERATOR if _private.is_watched() else EAGER
+    return OPERATOR if all(_is_memory(tensor) or _private.is_fake(tensor) for tensor in tensors) else PYTORCH
+
+
+def _check_devices(tensors):
+    # PyTorch does not always say so: F.linear of a weight on the meta device is uninitialised memory.
+    devices = {str(tensor.device) for tensor in tensors if tensor.dim()}
+    if len(devices) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {' and '.join(sorted(devices))}")
+
+
+def refuse_gradient(**tensors):
+    """RuntimeError that names a tensor whose gradient would be lost."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"the derivative for {name!r} is not implemented: pass {name}.detach()")
+
+
+def number(value, name):
+    """A number that an option is; a tensor that requires grad is refused, because its gradient would be lost."""
+    if type(value) is float:
+        return value
+    refuse_gradient(**{name: value})
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def check_tensors(**tensors):
+    """TypeError that names what is no tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -1,0 +1,163 @@
+"""Memory and threads of pyx_xent.torch. Skipped without torch."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import pyx_xent as px
+from pyx_xent import _memory, _threads
+
+torch = pytest.importorskip("torch")
+from helpers_torch import F, ours  # noqa: E402
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20261125)
+
+
+def test_inplace_backward(generator):
+    target = torch.randint(50, (8,), generator=generator)
+    x = torch.randn(8, 20, generator=generator, requires_grad=True)
+    w = torch.randn(20, 50, generator=generator, requires_grad=True)
+    expected = torch.autograd.grad(ours.cross_entropy(x @ w, target), [x, w])
+    logits = x @ w
+    seen = []
+    logits.register_hook(lambda g: seen.append(g.data_ptr()))
+    loss = ours.cross_entropy(logits, target, inplace_backward=True)
+    found = torch.autograd.grad(loss, [x, w], retain_graph=True)
+    assert all(map(torch.equal, found, expected))
+    assert seen == [logits.data_ptr()]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [x, w])
+    soft = torch.rand(8, 50, generator=generator, requires_grad=True)
+    expected_soft = torch.autograd.grad(ours.cross_entropy(x @ w, soft), [x, w, soft])
+    loss = ours.cross_entropy(x @ w, soft, inplace_backward=True)
+    assert all(map(torch.equal, torch.autograd.grad(loss, [x, w, soft]), expected_soft))
+    criterion = ours.CrossEntropyLoss(inplace_backward=True)
+    assert all(map(torch.equal, torch.autograd.grad(criterion(x @ w, target), [x, w]), expected))
+
+
+def test_inplace_backward_raises_where_the_logits_are_needed(generator):
+    target = torch.randint(50, (8,), generator=generator)
+    x = torch.randn(8, 50, generator=generator, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        ours.cross_entropy(x, target, inplace_backward=True)
+    loss = ours.cross_entropy(x.tanh(), target, inplace_backward=True)  # tanh's derivative needs its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = ours.cross_entropy(x * 1, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    for view in (x.view(8, 5, 10).view(8, 50), x[:], x.expand(8, 50)):
+        with pytest.raises(RuntimeError, match="a view of a leaf"):
+            ours.cross_entropy(view, target, inplace_backward=True)
+    one_row = torch.randn(1, 50, requires_grad=True)
+    loss = ours.cross_entropy((one_row * 1).expand(8, 50), target, inplace_backward=True)
+    with pytest.raises(ValueError, match="overlap"):
+        loss.backward()
+
+
+def test_memory_of_large_gradients_is_used_again_when_free(generator):
+    target = torch.randint(30000, (64,), generator=generator)
+    logits = torch.randn(64, 30000, generator=generator, requires_grad=True)
+
+    def gradient():
+        return torch.autograd.grad(ours.cross_entropy(logits, target), logits)[0]
+
+    first = gradient()
+    place, kept = first.data_ptr(), first.clone()
+    second = gradient()
+    assert second.data_ptr() != place  # the first is still there
+    assert torch.equal(first, kept)
+    kept = second[3:5].clone()
+    view = second[3:5].numpy()
+    place = second.data_ptr()
+    del second
+    assert gradient().data_ptr() != place  # a view is
+    assert np.array_equal(view, kept.numpy())
+    third = gradient()
+    place = third.data_ptr()
+    del third
+    assert gradient().data_ptr() == place
+    try:
+        ours.reuse_gradients(0)
+        assert _memory.kept_bytes() == 0
+        gradient()
+        assert _memory.kept_bytes() == 0
+    finally:
+        ours.reuse_gradients(512 << 20)
+    for wrong in (-1, 1.5, None):
+        with pytest.raises(ValueError, match="max_bytes"):
+            ours.reuse_gradients(wrong)
+
+
+def test_large_gradients_are_laid_out_like_the_logits(generator):
+    logits = torch.randn(4, 21, 128, 128, generator=generator).contiguous(memory_format=torch.channels_last).requires_grad_()
+    target = torch.randint(21, (4, 128, 128), generator=generator)
+    (gradient,) = torch.autograd.grad(ours.cross_entropy(logits, target), logits)
+    assert gradient.stride() == logits.stride()
+    torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(logits, target), logits)[0])
+
+
+def test_forward_and_backward_allocate_one_gradient():
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import cases, memory, peers
+
+    if memory.resident("VmHWM") is None:
+        pytest.skip("the system does not tell how much memory a process has")
+    case = cases.Case((2048, 20000), "a gradient of 164 MB: what a process takes otherwise is less than 1 % of it")
+    found = memory.measure(case, cases.GRADIENT, peers.TORCH_OURS, 1)
+    assert 0.8 * case.logits_bytes < found <= 1.02 * case.logits_bytes  # less where something is used again
+
+
+def test_threads_follow_pytorchs(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_threads, "limited", lambda num_threads, nanoseconds: asked.append(num_threads) or 1)
+    logits, target = torch.zeros(100, 1000), torch.zeros(100, dtype=torch.int64)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ours.cross_entropy(logits, target)
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [2]  # where one is allowed, there is nothing to ask
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("first", ["torch", "pyx_xent"])
+def test_one_openmp_runtime_for_both(first):
+    if px.show_config()["openmp"] == 0:
+        pytest.skip("built without OpenMP")
+    code = (
+        f"import {first}, torch, pyx_xent.torch\n"
+        "torch.set_num_threads(2)\n"
+        "pyx_xent.torch.cross_entropy(torch.zeros(512, 1000), torch.zeros(512, dtype=torch.int64))\n"
+        "torch.mm(torch.ones(500, 500), torch.ones(500, 500))\n"
+        "print(pyx_xent.show_config()['openmp_library'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.count("libgomp") == 1, result.stdout
+
+
+def test_many_threads_at_once(generator):
+    logits = [torch.randn(64, 500, generator=generator, requires_grad=True) for _ in range(4)]
+    target = torch.randint(500, (64,), generator=generator)
+    expected = [torch.autograd.grad(ours.cross_entropy(x, target), x)[0] for x in logits]
+    failed = []
+
+    def work(k):
+        for _ in range(50):
+            if not torch.equal(torch.autograd.grad(ours.cross_entropy(logits[k], target), logits[k])[0], expected[k]):
+                failed.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
