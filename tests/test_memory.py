@@ -394,15 +394,29 @@ def test_one_budget_with_pytorch(gradient):
     torch = torchs()
     assert ours.reuse_gradients is px.reuse_gradients
     logits, target = torch.zeros(1100, 1000, requires_grad=True), torch.zeros(1100, dtype=torch.int64)
-    (grad,) = torch.autograd.grad(ours.cross_entropy(logits, target), logits)
+
+    def gradient_of_torch():
+        return torch.autograd.grad(ours.cross_entropy(logits, target), logits)[0]
+
+    grad = gradient_of_torch()
     place = grad.data_ptr()
     row = grad.detach().T[4]
     del grad
-    other = px.softmax(logits.detach().numpy())
-    assert place_of(other) != place
+    other = gradient_of_torch()
+    assert other.data_ptr() != place
     del row
-    assert place_of(px.softmax(logits.detach().numpy())) == place
+    assert gradient_of_torch().data_ptr() == place
+    size = other.numel() * 4
     del other
+    assert px._memory.kept_bytes() == 0  # nobody holds two gradients of PyTorch's
+    px.reuse_gradients(3 * size)
+    arrays = [px.softmax(logits.detach().numpy()) for _ in range(2)]
+    del arrays
+    gradient_of_torch()  # of PyTorch's, what is over the limit is given back with the next one
+    remembered = pytest.importorskip("pyx_xent.torch._tensors")._memories
+    assert 2 * size <= px._memory.kept_bytes() + size * len(remembered) <= 3.5 * size
+    px.reuse_gradients(0)
+    assert px._memory.kept_bytes() == len(remembered) == 0
 
 
 # Handlers, processes, threads
