@@ -21,9 +21,6 @@ torch/          the functions and modules of PyTorch; imported on request
 reference.py    the same in float64 NumPy, formula by formula: what the tests compare with
 """
 
-import importlib
-import importlib.util
-
 from ._config import show_config
 from ._dispatch import active as isa
 from ._memory import reuse_gradients
@@ -69,6 +66,8 @@ __all__ = [
 def __getattr__(name):
     if name != "torch":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     try:
         return importlib.import_module(".torch", __name__)
     except ModuleNotFoundError as error:
@@ -78,4 +77,6 @@ def __getattr__(name):
 
 
 def __dir__():
-    return [*globals(), *(["torch"] if importlib.util.find_spec("torch") else [])]
+    from importlib.util import find_spec
+
+    return [*globals(), *(["torch"] if find_spec("torch") else [])]

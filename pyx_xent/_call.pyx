@@ -199,9 +199,9 @@ cdef Call new_loss(Operation operation, object logits, object target, object num
     cdef str name = "log_probs" if operation == NLL else "logits"
     call.logits = as_array(logits, name)
     call.target = as_array(target, "target")
-    if storage_of(call.logits) < 0 and storage_of(call.target) >= 0 and call.logits.dtype.kind in "iu":
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {call.logits.dtype.name}: was target given first?")
-    call.logits = as_floating(call.logits, name)
+    if storage_of(call.logits) < 0:
+        swapped = storage_of(call.target) >= 0 and call.logits.dtype.kind in "iu"
+        raise_not_floating(call.logits, name, ": was target given first?" if swapped else "")
     call.num_threads = num_threads if num_threads is None else _threads.checked(num_threads)
     return call
 

@@ -50,8 +50,12 @@ cdef int storage_of(cnp.ndarray array) noexcept:
 cdef cnp.ndarray as_floating(object value, str name):
     cdef cnp.ndarray array = as_array(value, name)
     if storage_of(array) < 0:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {array.dtype.name}")
+        raise_not_floating(array, name, "")
     return array
+
+
+cdef int raise_not_floating(cnp.ndarray array, str name, str hint) except -1:
+    raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {array.dtype.name}{hint}")
 
 
 def floating(value, str name):

@@ -205,7 +205,7 @@ class Products:
 
     def __init__(self, linear_weight):
         self.linear_weight = linear_weight
-        self.dtype = np.dtype(np.float64 if linear_weight.dtype == np.float64 else np.float32)
+        self.dtype = _computed(linear_weight.dtype)
         self.buffer_dtype = self.dtype  # of logits and their gradient
         classes, width = linear_weight.shape
         size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
@@ -248,6 +248,11 @@ class Products:
     def sums_of_classes(self, gradient):
         """(C,)"""
         return np.ones(len(gradient), gradient.dtype) @ gradient
+
+
+def _computed(dtype):
+    """The dtype that numbers of `dtype` are computed in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _finite(value, name, dtype):
@@ -324,7 +329,7 @@ class Problem:
         bias = None if linear_bias is None else _call.floating(linear_bias, "linear_bias")
         given = target = _call.as_array(target, "target")
         grad_output = None if grad_output is None else _call.as_real(grad_output, "grad_output")
-        dtype = np.dtype(np.float64 if hidden.dtype == np.float64 else np.float32)
+        dtype = _computed(hidden.dtype)
         self.logit_scale = _finite(logit_scale, "logit_scale", dtype)
         self.softcap = None if softcap is None else _finite(softcap, "softcap", dtype)
         num_threads = _threads.checked(num_threads)

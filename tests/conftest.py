@@ -51,8 +51,16 @@ def same_bits(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+@pytest.fixture
+def generator():
+    """PyTorch's, from a fixed seed."""
+    import torch
+
+    return torch.Generator().manual_seed(20261125)
+
+
 @pytest.fixture(autouse=True)
-def _as_new():
+def _torch_as_new():
     """What pyx_xent.torch has patched and found out is forgotten after each test."""
     yield
     patching, habits = (sys.modules.get(f"pyx_xent.torch.{name}") for name in ("patching", "_habits"))

@@ -13,11 +13,6 @@ from helpers_torch import DTYPES, GRID, HALVES, F, ours, problem  # noqa: E402
 from pyx_xent.torch import _habits, _tensors  # noqa: E402
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(20261125)
-
-
 @pytest.mark.spec("S31", "S33")
 @pytest.mark.parametrize(("kind", "reduction", "weighted", "smoothing", "shape"), GRID, ids=str)
 def test_gradcheck_and_gradgradcheck(generator, kind, reduction, weighted, smoothing, shape):

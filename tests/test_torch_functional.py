@@ -9,11 +9,6 @@ torch = pytest.importorskip("torch")
 from helpers_torch import DTYPES, HALVES, F, FlopCounterMode, assert_equal, both, operator, ours, problem  # noqa: E402
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(20261125)
-
-
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("contiguous", [True, False])

@@ -14,11 +14,6 @@ CLASSES, WIDTH, ROWS = 37, 5, 12
 SMALL = 4 * CLASSES * 8  # bytes: chunks of some rows
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(20261125)
-
-
 def problem(generator, dtype=torch.float64, rows=(ROWS,), soft=False, bias=True):
     """input, linear_weight, linear_bias, all of which require grad, and the target"""
 

@@ -12,11 +12,6 @@ from helpers_torch import DTYPES, assert_equal, both, ours, problem  # noqa: E40
 from pyx_xent.torch import _operators  # noqa: E402
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(20261125)
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of opcheck's own
 def test_operators_keep_pytorchs_rules(generator):
     for kind, reduction, shape in itertools.product(["index", "soft"], ["none", "mean"], [(4, 5), (2, 5, 3)]):

@@ -14,11 +14,6 @@ torch = pytest.importorskip("torch")
 from helpers_torch import F, ours  # noqa: E402
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(20261125)
-
-
 def test_inplace_backward(generator):
     target = torch.randint(50, (8,), generator=generator)
     x = torch.randn(8, 20, generator=generator, requires_grad=True)

@@ -211,7 +211,6 @@ cdef void tile_finished(const Problem* p, real* x, const Rows* r) noexcept nogil
 cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_ssize_t rows) noexcept nogil:
     # cross_entropy, softmax, log_softmax
     cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.plan.tile_classes * LANES, t
-    cdef int l
     cdef bint has_term = has_class_term(p)
     cdef Rows* r
     cdef real* x

@@ -1,9 +1,12 @@
 """One call of the kernels, for tensors: what eager losses and operators have in common."""
 
+import functools
+
 import numpy as np
 import torch
 
 from .. import _call
+from ._options import Options, Tensors
 from ._tensors import HALVES, array_of, gradient_like
 
 _SERIAL = 1 << 16  # elements: smaller calls have one thread anyway
@@ -15,24 +18,19 @@ def _real_array(tensor):
     return None if tensor is None else array_of(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
 
 
-_MOST_CONVERTED = 256
-_converted = {}  # options without tensors
-
-
 def converted_options(tensors, options, axis=None):
     """Options and the tensors that belong to them, as _call takes them."""
-    alone = tensors.weight is None and tensors.sample_weight is None and tensors.normalizer is None and axis is None
-    # 1 and 1.0 are the same key, but no float is an ignore_index.
-    if not (alone and type(options.reduction) is str and type(options.ignore_index) is int):
-        return _convert(tensors, options, axis)
-    converted = _converted.get(options)
-    if converted is not None:
-        return converted
-    converted = _convert(tensors, options, axis)
-    if len(_converted) >= _MOST_CONVERTED:
-        _converted.clear()
-    _converted[options] = converted
-    return converted
+    if tensors.weight is None and tensors.sample_weight is None and tensors.normalizer is None and axis is None:
+        try:
+            return _converted_alone(*options)
+        except TypeError:
+            pass  # one of them is no key: what is wrong with it is said below
+    return _convert(tensors, options, axis)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # typed: 1 and 1.0 are equal, but no float is an ignore_index
+def _converted_alone(*options):
+    return _convert(Tensors(None, None), Options(*options), None)
 
 
 def _convert(tensors, options, axis):
@@ -110,7 +108,7 @@ def gradient(grad_output, tensors, state, options, out=None):
 
 def dtype_of_loss(tensors, options):
     """SPEC S11, S40; under autocast float32, as PyTorch's loss is."""
-    input, target, weight = tensors[:3]
+    input, target, weight = tensors.input, tensors.target, tensors.weight
     if options.loss_dtype is not None:
         return options.loss_dtype
     dtype = input.dtype

@@ -20,8 +20,17 @@ def _of_classes(numbers, input, axis):
     return numbers.view([-1] + [1] * (input.dim() - axis - 1))
 
 
-def _divisor(tensors, options, live, w_y, s):
-    """Of the mean: SPEC S15, S16, S23, S24."""
+def _sample_weights(tensors, rows, dtype):
+    # of the shape `rows`, or one number for all
+    if tensors.sample_weight is None:
+        return tensors.input.new_ones((), dtype=dtype)
+    return tensors.sample_weight.to(dtype).reshape(rows)
+
+
+def _divisor(tensors, options, s, live=None, w_y=None):
+    """What sums are divided by: SPEC S15, S16, S23, S24. live, w_y: of class indices."""
+    if options.reduction != "mean":
+        return 1
     if tensors.normalizer is not None:
         return tensors.normalizer
     if w_y is None:  # class probabilities
@@ -36,15 +45,16 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
 
     That of target is None with class indices.
     """
-    input, target, weight, sample_weight, _ = tensors
+    input, target, weight = tensors.input, tensors.target, tensors.weight
     smoothing, z = options.label_smoothing, options.z_loss
     axis, soft = class_axis(input), is_soft(tensors, options)
     classes = input.shape[axis]
     dtype = torch.float32 if input.dtype in HALVES else input.dtype
     dtype = torch.promote_types(dtype, target.dtype) if soft else dtype
     x, v, g = input.to(dtype), cotangent.to(dtype), grad_output.to(dtype)
-    s = torch.ones((), dtype=dtype) if sample_weight is None else sample_weight.to(dtype).reshape(v.sum(axis).shape)
-    w = torch.ones(classes, dtype=dtype) if weight is None else weight.to(dtype)
+    rows = v.sum(axis).shape
+    s = _sample_weights(tensors, rows, dtype)
+    w = x.new_ones(classes) if weight is None else weight.to(dtype)
     of_class = _of_classes(w, x, axis)
     live = s != 0
     # A gradient is h (mass p - own): see SPEC S31. own_v: Σ own v, of each row.
@@ -52,14 +62,15 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
         own = of_class * ((1 - smoothing) * target.to(dtype) + smoothing / classes)
         mass, own_v, w_y = own.sum(axis), (own * v).sum(axis), None
     else:
-        y = target.reshape(v.sum(axis).shape).long()
+        y = target.reshape(rows).long()
         live = live & (y != options.ignore_index)
         y = torch.where(live, y, 0)
         w_y = torch.where(live, w[y], 0)
         v_y = v.gather(axis, y.unsqueeze(axis)).squeeze(axis)
         mass = (1 - smoothing) * w_y + smoothing / classes * w.sum()
         own_v = (1 - smoothing) * w_y * v_y + smoothing / classes * (of_class * v).sum(axis)
-    h = g * s / _divisor(tensors, options, live, w_y, s) if options.reduction == "mean" else g * s
+    divisor = _divisor(tensors, options, s, live, w_y)
+    h = g * s / divisor
     of_input, of_row = None, -own_v
     if not options.log_probs:
         x = torch.where(live.unsqueeze(axis) if live.dim() else live, x, 0)
@@ -70,9 +81,7 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
         a = torch.where(live, h, 0)
         of_input = (mass.unsqueeze(axis) * (v - p_v.unsqueeze(axis)) + 2 * z * p_v.unsqueeze(axis)) * p
         of_input = (of_input * (a.unsqueeze(axis) if a.dim() else a)).to(input.dtype)
-    of_row = torch.where(live, of_row * s, 0)
-    if options.reduction == "mean":
-        of_row = of_row / _divisor(tensors, options, live, w_y, s)
+    of_row = torch.where(live, of_row * s, 0) / divisor
     of_grad_output = (of_row if options.reduction == "none" else of_row.sum()).to(grad_output.dtype)
     of_target = None
     if soft:
@@ -83,21 +92,24 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
 
 def gradient_of_target(grad_output, tensors, options):
     """SPEC S31, of class probabilities: (1-ε) g s w_c (-ℓ_c). Seldom asked for."""
-    input, target, weight, sample_weight, normalizer = tensors
+    input, target, weight = tensors.input, tensors.target, tensors.weight
     axis = class_axis(input)
     dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), torch.float32)
     log_p = input.to(dtype).log_softmax(axis)
-    g = grad_output.to(dtype)
-    if sample_weight is not None:
-        s = sample_weight.to(dtype).reshape(log_p.sum(axis).shape)
+    s = _sample_weights(tensors, log_p.sum(axis).shape, dtype)
+    if tensors.sample_weight is not None:
         log_p = torch.where((s != 0).unsqueeze(axis) if s.dim() else s != 0, log_p, 0)
-        g = g * s
-    if options.reduction == "mean":
-        if normalizer is not None:
-            g = g / normalizer
-        else:
-            g = g / (input.numel() / input.shape[axis] if sample_weight is None else sample_weight.to(dtype).sum())
+    g = grad_output.to(dtype) * s / _divisor(tensors, options, s)
     gradient = -(1 - options.label_smoothing) * (g.unsqueeze(axis) if g.dim() else g) * log_p
     if weight is not None:
         gradient = gradient * _of_classes(weight.to(dtype), input, axis)
     return gradient.to(target.dtype)
+
+
+def gradients_by_autograd(loss, tensors, grad_output, needed):
+    """Of loss() with respect to the tensors that are needed, else None; to be differentiated again where that is asked for."""
+    asked = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(loss(), asked, grad_output, create_graph=twice))
+    return [next(found) if is_needed else None for is_needed in needed]

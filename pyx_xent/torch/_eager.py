@@ -30,7 +30,7 @@ class _Made:
         else:
             call, self.state = _calls.with_state(tensors, options)
         self.loss = _calls.loss_of(call, dtype)
-        self.read = [(tensor, tensor._version) for tensor in tensors[1:4] if tensor is not None]
+        self.read = [(tensor, tensor._version) for tensor in tensors.beside if tensor is not None]
 
     def check_versions(self):
         """What reading saved tensors would notice of the logits, too, which a gradient that is there does not need."""
@@ -49,7 +49,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, input, probabilities, tensors, made):
         # probabilities: the target if it requires grad, else None
         ctx.made = made
-        ctx.save_for_backward(input, *tensors[1:4])
+        ctx.save_for_backward(input, *tensors.beside)
         loss, made.loss = made.loss, None
         return loss
 
@@ -105,7 +105,7 @@ _apply = _private.apply_of(_Loss)
 
 def loss(tensors, options, inplace):
     """The loss of plain tensors."""
-    input, target = tensors[:2]
+    input, target = tensors.input, tensors.target
     dtype = _calls.dtype_of_loss(tensors, options)
     if not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         return _calls.loss_of(_calls.with_loss(tensors, options), dtype)

@@ -4,7 +4,7 @@ import torch
 
 from . import _calls, _linear_logits, _linear_operators, _linear_products, _private, _pytorch, _routes
 from ._habits import Expectation
-from ._options import LinearTensors, Tensors
+from ._options import LinearTensors, with_number
 from ._tensors import FLOATS
 
 
@@ -14,7 +14,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, others, options, dtype):
         # others: what is not differentiated
-        tensors = LinearTensors(input, linear_weight, others.target, linear_bias, *others[4:])
+        tensors = others._replace(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         ctx.options, ctx.normalizer = options, others.normalizer
         ctx.save_for_backward(*tensors[:-1])
         ctx.made = []  # or, until they are given away, [gradients]
@@ -46,7 +46,7 @@ class _LinearLoss(torch.autograd.Function):
             found = found if upstream == ctx.expectation.factor else None
         if found is None:
             found = _linear_products.with_gradients(tensors, ctx.options, upstream, needed)[1]
-        return *_linear_products.rounded(found, (*tensors[:2], tensors.linear_bias)), None, None, None
+        return *_linear_products.rounded(found, tensors.layer), None, None, None
 
 
 def _autocast(tensors):
@@ -71,18 +71,17 @@ def compute(tensors, options):
     _routes.refuse_gradient(weight=tensors.weight, sample_weight=tensors.sample_weight, normalizer=tensors.normalizer)
     if torch.is_autocast_enabled("cpu"):
         tensors = _autocast(tensors)
-    input, linear_weight, target, linear_bias = tensors[:4]
+    input, linear_weight, linear_bias = tensors.layer
     way = _routes.way_of(tensors)
     alike = linear_weight.dtype is input.dtype and (linear_bias is None or linear_bias.dtype is input.dtype)
     computed = way is _routes.EAGER or (way is _routes.OPERATOR and torch.compiler.is_compiling())  # modes see the products
-    if not computed or not alike or linear_weight.dim() > 2 or target.requires_grad or input.dtype not in FLOATS:
+    if not computed or not alike or linear_weight.dim() > 2 or tensors.target.requires_grad or input.dtype not in FLOATS:
         return _linear_logits.loss(tensors, options)
-    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors.layer]
     if way is _routes.OPERATOR:
         return _linear_operators.loss(tensors, options, [False] * 3 if options.loss.reduction == "none" else needed)
-    if isinstance(tensors.normalizer, torch.Tensor):
-        tensors = tensors._replace(normalizer=tensors.normalizer.item())
-    dtype = _calls.dtype_of_loss(Tensors(input, target, tensors.weight), options.loss)
+    tensors = with_number(tensors)
+    dtype = _calls.dtype_of_loss(tensors.of_loss, options.loss)
     if any(needed):
-        return _LinearLoss.apply(input, linear_weight, linear_bias, tensors, options, dtype)
+        return _LinearLoss.apply(*tensors.layer, tensors, options, dtype)
     return _calls.loss_of(_linear_products.with_loss(tensors, options), dtype)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ._derivatives import gradients_by_autograd
 from ._loss import compute
 from ._options import Tensors
 
@@ -31,9 +32,4 @@ def loss(tensors, options, of_logits=compute):
 
 def gradients(tensors, options, grad_output, needed, of_logits=compute):
     """(of input, linear_weight and linear_bias), such that they can be differentiated again; None where not needed."""
-    layer = (*tensors[:2], tensors.linear_bias)
-    asked = [tensor for tensor, is_needed in zip(layer, needed, strict=True) if is_needed]
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        found = iter(torch.autograd.grad(loss(tensors, options, of_logits), asked, grad_output, create_graph=twice))
-    return [next(found) if is_needed else None for is_needed in needed]
+    return gradients_by_autograd(lambda: loss(tensors, options, of_logits), tensors.layer, grad_output, needed)

@@ -3,8 +3,8 @@
 import torch
 
 from . import _calls, _linear_logits, _linear_products
-from ._operators import as_tensor, numbers, tell_watchers
-from ._options import LINEAR_OPTIONS, LINEAR_TENSORS, LinearOptions, LinearTensors, Options, Tensors
+from ._operators import tell_watchers
+from ._options import LINEAR_OPTIONS, LINEAR_TENSORS, LinearOptions, LinearTensors, Options, with_number, with_tensor
 from ._tensors import HALVES
 
 _TENSORS, _OF_LOSS = len(LinearTensors._fields), len(Options._fields)
@@ -18,33 +18,32 @@ def _split(arguments):
 
 def loss(tensors, options, needed):
     """The loss, of the operator; needed: of which of input, linear_weight, linear_bias gradients are made at once."""
-    tensors = tensors._replace(normalizer=as_tensor(tensors.normalizer))
-    return _loss_op(*tensors, *options.loss, *options[1:], needed)[0]
+    return _loss_op(*with_tensor(tensors), *options.loss, *options[1:], needed)[0]
 
 
-def _dtype_of_loss(tensors, options):
-    return _calls.dtype_of_loss(Tensors(tensors.input, tensors.target, tensors.weight), options.loss)
+def _given(gradients, input):
+    # An operator's results are tensors: an empty one stands for None.
+    return tuple(input.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _loss_op(*arguments):
     """(loss, gradients for an upstream gradient of 1, empty where not needed)"""
     tensors, options, needed = _split(arguments)
-    tensors = numbers(tensors)
+    tensors = with_number(tensors)
     if any(needed):
         call, found = _linear_products.with_gradients(tensors, options, None, needed)
     else:
         call, found = _linear_products.with_loss(tensors, options), (None, None, None)
-    result = _calls.loss_of(call, _dtype_of_loss(tensors, options))
+    result = _calls.loss_of(call, _calls.dtype_of_loss(tensors.of_loss, options.loss))
     tell_watchers()
-    return result, *(tensors.input.new_empty(0) if gradient is None else gradient for gradient in found)
+    return result, *_given(found, tensors.input)
 
 
 def _gradients_op(grad_output, *arguments):
     tensors, options, needed = _split(arguments)
     upstream = _calls.upstream_of(grad_output)
-    found = _linear_products.with_gradients(numbers(tensors), options, upstream, needed)[1]
-    found = _linear_products.rounded(found, (*tensors[:2], tensors.linear_bias))
-    return tuple(tensors.input.new_empty(0) if gradient is None else gradient for gradient in found)
+    found = _linear_products.with_gradients(with_number(tensors), options, upstream, needed)[1]
+    return _given(_linear_products.rounded(found, tensors.layer), tensors.input)
 
 
 _loss_op = torch.library.custom_op(
@@ -58,8 +57,8 @@ _gradients_op = torch.library.custom_op(
 
 
 def _fake_gradients(tensors, needed, dtype):
-    layer = zip((*tensors[:2], tensors.linear_bias), needed, strict=True)
-    return tuple(t.new_empty(t.shape, dtype=dtype) if is_needed else tensors.input.new_empty(0) for t, is_needed in layer)
+    layer = zip(tensors.layer, needed, strict=True)
+    return _given([t.new_empty(t.shape, dtype=dtype) if is_needed else None for t, is_needed in layer], tensors.input)
 
 
 @_loss_op.register_fake
@@ -69,7 +68,9 @@ def _(*arguments):
     rows = list(input.shape[:-1])
     if options.shift:
         rows[-1] = rows[-1] - 1
-    loss = input.new_empty(rows if options.loss.reduction == "none" else (), dtype=_dtype_of_loss(tensors, options))
+    loss = input.new_empty(
+        rows if options.loss.reduction == "none" else (), dtype=_calls.dtype_of_loss(tensors.of_loss, options.loss)
+    )
     wide = torch.float32 if input.dtype in HALVES else input.dtype
     return loss, *_fake_gradients(tensors, needed, wide)
 
@@ -89,13 +90,12 @@ def _loss_setup(ctx, inputs, output):
 
 def _loss_backward(ctx, grad_output, *_):
     tensors, made = LinearTensors(*ctx.saved_tensors[:_TENSORS]), ctx.saved_tensors[_TENSORS:]
-    layer = (*tensors[:2], tensors.linear_bias)
     needed = [ctx.needs_input_grad[k] for k in (0, 1, 3)]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = _linear_logits.gradients(tensors, ctx.options, grad_output, needed)
     elif ctx.made:
         found = [gradient * grad_output if is_needed else None for gradient, is_needed in zip(made, needed, strict=True)]
-        found = _linear_products.rounded(found, layer)
+        found = _linear_products.rounded(found, tensors.layer)
     else:
         found = _gradients_op(grad_output, *tensors, *ctx.options.loss, *ctx.options[1:], needed)
         found = [gradient if is_needed else None for gradient, is_needed in zip(found, needed, strict=True)]

@@ -5,7 +5,6 @@ import torch
 
 from .. import linear
 from . import _calls, _private
-from ._options import Tensors
 from ._tensors import array_of, contiguous_gradient, gradient_like, tensor_of
 
 
@@ -65,10 +64,9 @@ class Products(linear.Products):
 
 def problem_of(tensors, options, upstream=None):
     """The checked arguments; upstream: a number or an array."""
-    of_loss = Tensors(tensors.input, tensors.target, *tensors[4:])
     return linear.Problem(
         array_of(tensors.input), array_of(tensors.linear_weight), array_of(tensors.target),
-        _calls.converted_options(of_loss, options.loss, axis=-1),
+        _calls.converted_options(tensors.of_loss, options.loss, axis=-1),
         linear_bias=None if tensors.linear_bias is None else array_of(tensors.linear_bias), logit_scale=options.logit_scale,
         softcap=options.softcap, shift=options.shift, num_threads=torch.get_num_threads(), chunk_bytes=options.chunk_bytes,
         grad_output=upstream, products=Products,
@@ -85,10 +83,9 @@ def with_loss(tensors, options):
 def with_gradients(tensors, options, upstream, needed):
     """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
     problem = problem_of(tensors, options, upstream)
-    dtype = torch.float64 if problem.products.dtype == np.float64 else torch.float32
     found = [
-        contiguous_gradient(tensor.shape, dtype) if is_needed and tensor is not None else None
-        for tensor, is_needed in zip((*tensors[:2], tensors.linear_bias), needed, strict=True)
+        contiguous_gradient(tensor.shape, problem.products.wide_dtype) if is_needed and tensor is not None else None
+        for tensor, is_needed in zip(tensors.layer, needed, strict=True)
     ]
     places = tuple(None if gradient is None else array_of(gradient) for gradient in found)
     wanted = [name for name, gradient in zip(linear.GRADIENTS, found, strict=True) if gradient is not None]

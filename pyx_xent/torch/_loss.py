@@ -3,6 +3,7 @@
 import torch
 
 from . import _calls, _eager, _operators, _pytorch, _routes
+from ._options import with_number
 from ._tensors import HALVES
 
 
@@ -15,10 +16,8 @@ def compute(tensors, options, inplace=False):
     way = _routes.way_of(tensors)
     if way is _routes.PYTORCH:
         return _pytorch.loss(tensors, options)
-    if isinstance(tensors.normalizer, torch.Tensor) and way is _routes.EAGER:
-        tensors = tensors._replace(normalizer=tensors.normalizer.item())
     if way is _routes.EAGER:
-        return _eager.loss(tensors, options, inplace)
+        return _eager.loss(with_number(tensors), options, inplace)
     if tensors.input.dtype in HALVES and _calls.dtype_of_loss(tensors, options) is torch.float32 and options.loss_dtype is None:
         tensors = tensors._replace(input=tensors.input.float())  # autocast, or wide probabilities
     return _operators.loss(tensors, options)

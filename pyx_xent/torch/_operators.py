@@ -4,7 +4,7 @@ import torch
 
 from . import _calls
 from ._derivatives import class_axis, derivatives_of_gradient, gradient_of_target
-from ._options import OPTIONS, TENSORS, Options, Tensors
+from ._options import OPTIONS, TENSORS, Options, Tensors, with_number, with_tensor
 
 _COUNT = len(Tensors._fields)
 watchers = []  # functions that are called when an operator has computed a loss: of patch(), which counts
@@ -12,18 +12,6 @@ watchers = []  # functions that are called when an operator has computed a loss:
 
 def _split(arguments):
     return Tensors(*arguments[:_COUNT]), Options(*arguments[_COUNT:])
-
-
-def as_tensor(normalizer):
-    """On its way through the dispatcher a normalizer is a tensor."""
-    if normalizer is None or isinstance(normalizer, torch.Tensor):
-        return normalizer
-    return torch.tensor(normalizer, dtype=torch.float64)
-
-
-def numbers(tensors):
-    """... and in the kernels a number."""
-    return tensors if tensors.normalizer is None else tensors._replace(normalizer=float(tensors.normalizer))
 
 
 def tell_watchers():
@@ -34,24 +22,23 @@ def tell_watchers():
 
 def loss(tensors, options):
     """The loss, of the operator."""
-    tensors = tensors._replace(normalizer=as_tensor(tensors.normalizer))
-    return _loss_op(*tensors, *options)[0]
+    return _loss_op(*with_tensor(tensors), *options)[0]
 
 
 def _loss_op(*arguments):
     tensors, options = _split(arguments)
-    call, state = _calls.with_state(numbers(tensors), options)
+    call, state = _calls.with_state(with_number(tensors), options)
     result = _calls.loss_of(call, _calls.dtype_of_loss(tensors, options))
     tell_watchers()
     if state is None:
-        return result, torch.empty(0, dtype=torch.float64)
+        return result, torch.empty(0, dtype=torch.float64, device="cpu")
     return result, torch.from_numpy(state)
 
 
 def _gradient_op(grad_output, state, *arguments):
     tensors, options = _split(arguments)
     state = None if options.log_probs or state is None else state.numpy()
-    return _calls.gradient(grad_output, numbers(tensors), state, options)
+    return _calls.gradient(grad_output, with_number(tensors), state, options)
 
 
 _loss_op = torch.library.custom_op(
@@ -86,7 +73,7 @@ def _(grad_output, state, *arguments):
 
 def differentiable_gradients(grad_output, state, tensors, options, needed):
     """(of the logits, of class probabilities), such that they can be differentiated again; None where not needed."""
-    tensors = tensors._replace(normalizer=as_tensor(tensors.normalizer))
+    tensors = with_tensor(tensors)
     return (
         _gradient_op(grad_output, state, *tensors, *options) if needed[0] else None,
         gradient_of_target(grad_output, tensors, options) if needed[1] else None,

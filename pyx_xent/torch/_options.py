@@ -15,6 +15,11 @@ class Tensors(NamedTuple):
     sample_weight: Tensor | None = None
     normalizer: Tensor | float | None = None
 
+    @property
+    def beside(self):
+        """What is read beside the logits."""
+        return self.target, self.weight, self.sample_weight
+
 
 class Options(NamedTuple):
     """What it is asked for besides."""
@@ -39,6 +44,16 @@ class LinearTensors(NamedTuple):
     sample_weight: Tensor | None = None
     normalizer: Tensor | float | None = None
 
+    @property
+    def layer(self):
+        """What has a gradient, in the order of linear.GRADIENTS."""
+        return self.input, self.linear_weight, self.linear_bias
+
+    @property
+    def of_loss(self):
+        """What the loss reads, with hidden states in the place of logits."""
+        return Tensors(self.input, self.target, self.weight, self.sample_weight, self.normalizer)
+
 
 class LinearOptions(NamedTuple):
     """What they are asked for besides."""
@@ -48,6 +63,27 @@ class LinearOptions(NamedTuple):
     softcap: float | None = None
     shift: bool = False
     chunk_bytes: int | None = None
+
+
+# What PyTorch's own losses do not have, and what it is by default.
+OURS_ALONE = {
+    name: (Tensors._field_defaults | Options._field_defaults)[name]
+    for name in ("sample_weight", "normalizer", "z_loss", "empty", "loss_dtype")
+}
+
+
+def with_number(tensors):
+    """With the normalizer as the kernels take it: a number."""
+    if not isinstance(tensors.normalizer, Tensor):
+        return tensors
+    return tensors._replace(normalizer=float(tensors.normalizer))
+
+
+def with_tensor(tensors):
+    """With the normalizer as the dispatcher takes it: a tensor."""
+    if tensors.normalizer is None or isinstance(tensors.normalizer, Tensor):
+        return tensors
+    return tensors._replace(normalizer=torch.tensor(tensors.normalizer, dtype=torch.float64, device="cpu"))
 
 
 # The same as schemas of operators. A dtype is a number there, as torch.library has it.

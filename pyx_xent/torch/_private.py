@@ -23,6 +23,7 @@ def _needed(name):
 _dispatch_modes = _needed("_len_torch_dispatch_stack")
 _transforms_active = _needed("_are_functorch_transforms_active")
 _tracing_state = _needed("_get_tracing_state")
+_batches = _needed("_functorch")
 _autograd = getattr(torch._C, "_autograd", None)
 
 
@@ -36,20 +37,19 @@ def is_traced():
     return _tracing_state() is not None
 
 
-def is_anything_at_work():
-    """Whether any of all this is."""
-    return _dispatch_modes() > 0 or _transforms_active() or forward_ad._current_level >= 0 or _tracing_state() is not None
-
-
 def is_transformed():
     """Whether torch.func or forward-mode derivatives are at work. Dynamo understands it, too."""
     return forward_ad._current_level >= 0 or _transforms_active()
 
 
+def is_anything_at_work():
+    """Whether any of all this is."""
+    return is_watched() or is_traced() or is_transformed()
+
+
 def is_batched(tensor):
     """Whether a tensor is a batch of torch.vmap, or of torch.autograd.grad(is_grads_batched=True), which has another kind."""
-    batches = torch._C._functorch
-    return batches.is_functorch_wrapped_tensor(tensor) or batches.is_legacy_batchedtensor(tensor)
+    return _batches.is_functorch_wrapped_tensor(tensor) or _batches.is_legacy_batchedtensor(tensor)
 
 
 def saved_tensors_are_hooked():
@@ -59,12 +59,13 @@ def saved_tensors_are_hooked():
 
 
 _uses_of = getattr(torch._C, "_storage_Use_Count", None)
+knows_holders = _uses_of is not None
 
 
 def holders_of(tensor):
-    """Of a tensor's memory, what changes when another tensor or a storage object holds it; None: nobody can tell."""
+    """Of a tensor's memory, what changes when another tensor or a storage object holds it; only if knows_holders."""
     storage = tensor.untyped_storage()
-    return None if _uses_of is None else (_uses_of(storage._cdata), sys.getrefcount(storage))
+    return _uses_of(storage._cdata), sys.getrefcount(storage)
 
 
 def apply_of(function):

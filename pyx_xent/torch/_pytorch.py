@@ -2,13 +2,15 @@
 
 import torch
 
+from ._derivatives import gradients_by_autograd
+from ._options import OURS_ALONE
+
 _cross_entropy, _nll_loss = torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss
-_OURS_ALONE = {"sample_weight": None, "normalizer": None, "z_loss": 0.0, "empty": "nan", "loss_dtype": None}
 
 
 def loss(tensors, options):
     """The loss; RuntimeError if it is asked for what PyTorch's function does not have."""
-    for argument, default in _OURS_ALONE.items():
+    for argument, default in OURS_ALONE.items():
         value = getattr(tensors if argument in tensors._fields else options, argument)
         if value is not default and value != default:
             raise RuntimeError(
@@ -23,8 +25,5 @@ def loss(tensors, options):
 
 def gradients(grad_output, tensors, options, needed):
     """(of the logits, of class probabilities), None where not needed: also for a batch of upstream gradients."""
-    asked = [tensor for tensor, is_needed in zip(tensors[:2], needed[:2], strict=True) if is_needed]
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        found = iter(torch.autograd.grad(loss(tensors, options), asked, grad_output, create_graph=twice))
-    return [next(found) if is_needed else None for is_needed in needed[:2]]
+    differentiated = tensors.input, tensors.target
+    return gradients_by_autograd(lambda: loss(tensors, options), differentiated, grad_output, needed[:2])

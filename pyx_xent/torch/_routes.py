@@ -15,11 +15,13 @@ EAGER, OPERATOR, PYTORCH = "eager", "operator", "pytorch"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _is_cpu_strided(tensor):
+    return tensor.is_cpu and tensor.layout is torch.strided
+
+
 def _is_memory(tensor):
-    """Whether a tensor of the CPU is numbers in memory, whatever its class is called."""
-    return tensor.layout is torch.strided and (
-        type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    )
+    """Whether a tensor is numbers in the CPU's memory, whatever its class is called."""
+    return _is_cpu_strided(tensor) and (type(tensor) in _PLAIN or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__)
 
 
 def is_plain(input, target, weight, sample_weight, normalizer):
@@ -27,15 +29,11 @@ def is_plain(input, target, weight, sample_weight, normalizer):
     if torch.compiler.is_compiling() or type(input) not in _PLAIN or type(target) not in _PLAIN:
         return False
     for tensor in (weight, sample_weight):
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.requires_grad or not _is_in_memory(tensor)):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.requires_grad or not _is_cpu_strided(tensor)):
             return False
     if normalizer is not None and type(normalizer) is not float:
         return False
-    return _is_in_memory(input) and _is_in_memory(target) and not _private.is_anything_at_work()
-
-
-def _is_in_memory(tensor):
-    return tensor.is_cpu and tensor.layout is torch.strided
+    return _is_cpu_strided(input) and _is_cpu_strided(target) and not _private.is_anything_at_work()
 
 
 def way_of(tensors):
@@ -47,8 +45,7 @@ def way_of(tensors):
     if _private.is_transformed():
         return PYTORCH
     if torch.compiler.is_compiling():
-        strided = all(tensor.layout is torch.strided for tensor in tensors)
-        return OPERATOR if strided and not _private.is_exporting() else PYTORCH
+        return OPERATOR if all(_is_cpu_strided(tensor) for tensor in tensors) and not _private.is_exporting() else PYTORCH
     if _private.is_traced():
         return PYTORCH
     if all(_is_memory(tensor) for tensor in tensors):

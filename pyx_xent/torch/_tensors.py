@@ -66,7 +66,6 @@ class _Memory(NamedTuple):
 
 
 _MOST_MEMORIES = 32
-_SMALL = torch.empty(1, device="cpu")
 _memories = []  # the last used last; whoever takes one out has it alone
 _lock = threading.Lock()
 
@@ -80,14 +79,13 @@ def gradient_like(input):
 
 def contiguous_gradient(shape, dtype):
     """Likewise, contiguous."""
-    like = torch.empty(shape, dtype=dtype, device="meta")
-    if not _is_reused(like.numel() * like.element_size()):
+    if not _is_reused(math.prod(shape) * dtype.itemsize):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return _empty(dtype, shape, like.stride())
+    return _empty(dtype, shape, torch.empty(shape, device="meta").stride())
 
 
 def _is_reused(size):
-    return size >= _memory.LARGE and _memory.budget_bytes() > 0 and _private.holders_of(_SMALL) is not None
+    return size >= _memory.LARGE and _memory.budget_bytes() > 0 and _private.knows_holders
 
 
 def _empty(dtype, shape, strides):

@@ -227,7 +227,7 @@ def linear_cross_entropy(
 
 
 def _check_shapes(tensors, ignore_index, shift):
-    input, linear_weight, target, linear_bias = tensors[:4]
+    input, linear_weight, target, linear_bias = tensors.input, tensors.linear_weight, tensors.target, tensors.linear_bias
     if input.dim() < 1 or (input.dim() > 2 and not shift):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:

@@ -3,8 +3,10 @@
 import torch
 
 from . import functional
+from ._options import OURS_ALONE
 
-_OURS_ALONE = {"z_loss": 0.0, "empty": "nan", "loss_dtype": None, "inplace_backward": False}
+# Of the constructors; sample_weight and normalizer belong to each call.
+_OURS_ALONE = {name: OURS_ALONE[name] for name in ("z_loss", "empty", "loss_dtype")} | {"inplace_backward": False}
 
 
 class _Scriptable:
