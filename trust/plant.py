@@ -55,7 +55,7 @@ BUGS = [  # what is wrong, where, the right code, the wrong code
     ("slices overlap the end", BATCH, "min(start + p.plan.part, end)", "start + p.plan.part"),
     ("of few classes the last is never found", TILE, "for c in range(classes):\n        found",
      "for c in range(classes - 1):\n        found"),
-    ("equal largest logits count once", STEPS, "d_fma(d_sub(v_to_doubles(count), d_set(1.0))", "d_fma(d_set(0.0)"),
+    ("equal largest logits count once", STEPS, "d_mul(d_sub(v_to_doubles(count), d_set(1.0))", "d_mul(d_set(0.0)"),
     ("the loss of ignored rows is left as it was", BATCH, "        p.loss[position] = 0", "        pass"),
     ("the gradient of ignored rows is left as it was", BATCH,
      "        zeros_out(&p.out, outer, position - outer * p.inner, p.classes, p.plan.stream)", "        pass"),

@@ -121,13 +121,14 @@ cdef struct Left:
 cdef inline Left left_out(doubles total, doubles y, doubles m, doubles exponent) noexcept nogil:
     # in   y, m   its logit, and the maximum
     cdef Left left
-    cdef doubles near = d_max(y, d_sub(m, d_set(600.0))), zero = d_set(0.0), one = d_set(1.0), own
+    cdef doubles near = d_max(y, d_sub(m, d_set(600.0))), zero = d_set(0.0), one = d_set(1.0), own, others
     left.beyond = d_sub(near, y)
     if IS_DOUBLE:
         own = exp_once(y, exponent, ROOM)
         left.every = d_add(total, own)
         left.inverse = d_div(one, left.every)
-        left.share = d_mul(own, left.inverse)
+        others = d_mul(total, left.inverse)
+        left.share = d_select(d_greater(others, d_set(0.5)), d_mul(own, left.inverse), d_sub(one, others))      # 1 is exactly 1
         if d_any(d_unequal(left.beyond, zero)):
             own = exp_once(near, exponent, ROOM)
         left.odds = d_div(total, own)

@@ -94,14 +94,14 @@ cdef RowTerm row_class_term(
     cdef RowTerm row
     row.target_mass = 0
     if p.target != NULL:
-        row.term = fold(distances(b.x[l] + start, k.weight, size, one_of(m), m))
+        row.term = settled_row(fold(distances(b.x[l] + start, k.weight, size, one_of(m), m)))
         row.mass = size
         if k.weight != NULL and segments_of(p.classes) > 1:
-            row.mass = fold(total_of(k.weight, size))
+            row.mass = settled_row(fold(total_of(k.weight, size)))
         return row
     sums = class_term(b.x[l] + start, k, size, m, target - start if target >= 0 else -1, lies_as_rows(&p.other))
-    row.term = fold(sums.term)
-    row.mass = fold(sums.mass)
+    row.term = settled_row(fold(sums.term))
+    row.mass = settled_row(fold(sums.mass))
     if target >= 0:
         start = target - target % LANES            # the same vector, hence the same bits, as in the sum and in the gradient
         k = coefficients_from(p, b.other[l], start)
@@ -158,29 +158,16 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     if target >= 0:
         s.own = cached[target] if p.target == NULL else 0.0
         cached[target] = 0
-    s.total = fold(total_of(cached, size))
+    s.total = settled_row(fold(total_of(cached, size)))
     if p.target == NULL and target >= 0:
         cached[target] = <real>s.own              # of softmax, and of a segment that is not the row's largest, it is an entry
 
 
 cdef void sum_segment_backward(const Problem* p, const Batch* b, int l, Py_ssize_t segment) noexcept nogil:
     cdef Py_ssize_t start = segment * SEGMENT
-    b.segments[l * segments_of(p.classes) + segment].total = fold(
-        total_backward(p, b.x[l] + start, b.other[l] + start, segment_size(p.classes, segment))
+    b.segments[l * segments_of(p.classes) + segment].total = settled_row(
+        fold(total_backward(p, b.x[l] + start, b.other[l] + start, segment_size(p.classes, segment)))
     )
-
-
-cdef inline void add_to(double* total, double part, double* lost) noexcept nogil:
-    # Kahan's; from the first infinity or NaN on nothing is lost.
-    cdef double corrected, after
-    if IS_DOUBLE:
-        corrected = part - lost[0]
-        after = total[0] + corrected
-        lost[0] = (after - total[0]) - corrected
-        lost[0] = lost[0] if lost[0] == lost[0] else 0.0
-        total[0] = after
-    else:
-        total[0] += part
 
 
 cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
@@ -189,12 +176,13 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
     cdef Segment* s = b.segments + l * count
     cdef Rows* r = &b.rows
     cdef Segment* largest = s
-    cdef double total = 0, term = 0, mass = 0, lost = 0, lost_term = 0, lost_mass = 0, power, below
+    cdef RowSum total = RowSum(0, 0), term = total, mass = total
+    cdef double power, below
     cdef real exponent
     if is_backward(p):
         for i in range(count):
-            add_to(&total, s[i].total, &lost)
-        r.total[l] = total
+            add_to_row(&total, s[i].total)
+        r.total[l] = settled_row(total)
         return
     for i in range(1, count):
         if s[i].maximum > largest.maximum:
@@ -203,10 +191,10 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
     exponent = one_of(exponent_of(v_set(largest.maximum)))
     for i in range(count):
         power = power_of_two(<double>s[i].exponent - <double>exponent) if s[i].exponent != exponent else 1.0
-        add_to(&total, s[i].total * power, &lost)
+        add_to_row(&total, s[i].total * power)
         if s + i != largest or p.operation == SOFTMAX:
-            add_to(&total, s[i].own * power, &lost)
-    r.total[l] = total
+            add_to_row(&total, s[i].own * power)
+    r.total[l] = settled_row(total)
     if p.target == NULL:
         r.target[l] = largest.target
         r.target_logit[l] = largest.maximum if largest.target >= 0 else -INFINITY
@@ -214,22 +202,22 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
         return
     for i in range(count):
         below = <double>one_of(finite(v_set(largest.maximum))) - <double>one_of(finite(v_set(s[i].maximum)))
-        add_to(&term, s[i].row.term, &lost_term)
-        add_to(&mass, s[i].row.mass, &lost_mass)
+        add_to_row(&term, s[i].row.term)
+        add_to_row(&mass, s[i].row.mass)
         if s + i != largest and p.target == NULL:
-            add_to(&mass, s[i].row.target_mass, &lost_mass)
-            add_to(&term, below * (s[i].row.mass + s[i].row.target_mass) if s[i].row.mass + s[i].row.target_mass != 0 else 0, &lost_term)
+            add_to_row(&mass, s[i].row.target_mass)
+            add_to_row(&term, below * (s[i].row.mass + s[i].row.target_mass) if s[i].row.mass + s[i].row.target_mass != 0 else 0)
         elif s + i != largest:
-            add_to(&term, below * s[i].row.mass, &lost_term)
-    r.term[l] = term
-    r.mass[l] = mass
+            add_to_row(&term, below * s[i].row.mass)
+    r.term[l] = settled_row(term)
+    r.mass[l] = settled_row(mass)
     r.target_mass[l] = largest.row.target_mass
 
 
 cdef void sum_short_rows_backward(const Problem* p, Batch* b) noexcept nogil:
     cdef int l
     for l in range(b.count):
-        b.rows.total[l] = fold(total_backward(p, b.x[l], b.other[l], p.classes))
+        b.rows.total[l] = settled_row(fold(total_backward(p, b.x[l], b.other[l], p.classes)))
 
 
 cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept nogil:
@@ -245,6 +233,7 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
     cdef real round_by[LANES]
     cdef real own[LANES]
     cdef RowTerm row
+    cdef RowSum sum
     cdef int l, c
     for l in range(LANES):
         m = v_set(0)
@@ -289,10 +278,11 @@ cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept no
                 b.summed[l][r.target[l]] = 0
     for l in range(b.count):
         if r.live[l]:
-            r.total[l] = fold(total_of(b.summed[l], classes))
+            sum = fold(total_of(b.summed[l], classes))
             if p.operation == SOFTMAX and r.target[l] >= 0:
-                r.total[l] += own[l]
+                add_to_row(&sum, own[l])
                 b.summed[l][r.target[l]] = own[l]
+            r.total[l] = settled_row(sum)
 
 
 cdef bint move_row(const Problem* p, Batch* b, int l, real* to) noexcept nogil:

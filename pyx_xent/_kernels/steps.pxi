@@ -5,60 +5,96 @@
 # partial, and the caller folds the lanes of a result. So the constants of a row (scale, units, ...) come as a vec as well: one
 # for each lane of a tile, or the same in all.
 #
-# A sum adds GROUP vectors as a tree in real, and the groups in double (few classes one by one): doubles with the compensation of
-# Kahan, because 50,000 classes would cost 3 ULP. The order depends on nothing but the number of classes (SPEC S36).
+# Of floats a sum adds GROUP vectors as a tree, and the groups in double; of doubles two, and then keeps what the sum of these
+# rounds away, because 50,000 classes would cost 3 ULP; of few classes one. The order depends on nothing but the number of
+# classes (SPEC S36).
 
 cdef enum:
-    GROUP = 8                     # vectors that are added in real before they go to doubles
+    GROUP = 8                     # vectors
 
 
-cdef inline doubles accumulate(doubles total, doubles part, doubles* lost) noexcept nogil:
-    cdef doubles corrected, after
-    if not IS_DOUBLE:
-        return d_add(total, part)
-    corrected = d_sub(part, lost[0])
-    after = d_add(total, corrected)
-    corrected = d_sub(d_sub(after, total), corrected)
-    lost[0] = d_select(d_equal(corrected, corrected), corrected, d_set(0.0))       # an infinite part must not become NaN
-    return after
+cdef struct Sum:
+    doubles total
+    doubles lost                  # what the additions have rounded away; of double only
 
 
-cdef double fold(doubles lanes) noexcept nogil:
-    # The sum of the lanes, as a tree; doubles keep what each addition rounds away.
-    cdef double total[LANES]
-    cdef double lost[LANES]
-    cdef double part, before
+cdef inline Sum nothing() noexcept nogil:
+    cdef Sum sum
+    sum.total = sum.lost = d_set(0.0)
+    return sum
+
+
+cdef inline void add(Sum* sum, doubles part) noexcept nogil:
+    # Knuth's: what is lost is known exactly, whichever of the two is larger.
+    cdef doubles before = sum.total, moved
+    sum.total = d_add(before, part)
+    if IS_DOUBLE:
+        moved = d_sub(sum.total, before)
+        sum.lost = d_add(sum.lost, d_add(d_sub(before, d_sub(sum.total, moved)), d_sub(part, moved)))
+
+
+cdef inline doubles settled(const Sum* sum) noexcept nogil:
+    # Rounded once. Of an infinite sum nothing is lost: what has been computed as such is NaN.
+    if IS_DOUBLE:
+        return d_add(sum.total, d_select(d_equal(sum.lost, sum.lost), sum.lost, d_set(0.0)))
+    return sum.total
+
+
+# The same of one row:
+
+
+cdef struct RowSum:
+    double total
+    double lost
+
+
+cdef inline void add_to_row(RowSum* sum, double part) noexcept nogil:
+    cdef double before = sum.total, moved
+    sum.total = before + part
+    if IS_DOUBLE:
+        moved = sum.total - before
+        sum.lost += (before - (sum.total - moved)) + (part - moved)
+
+
+cdef inline double settled_row(RowSum sum) noexcept nogil:
+    if IS_DOUBLE:
+        return sum.total + (sum.lost if sum.lost == sum.lost else 0.0)
+    return sum.total
+
+
+cdef inline RowSum fold(Sum sum) noexcept nogil:
+    # The sum of the lanes, as a tree
+    cdef RowSum lanes[LANES]
+    cdef double all[LANES]
     cdef int l, half = LANES // 2
     if not IS_DOUBLE:
-        return d_fold_add(lanes)
-    d_store(total, lanes)
-    memset(lost, 0, sizeof(lost))
-    while half > 0:
-        for l in range(half):
-            before, part = total[l], total[l + half]
-            total[l] = before + part
-            lost[l] += lost[l + half] + ((before - (total[l] - (total[l] - before))) + (part - (total[l] - before)))
-        half = half // 2
-    return total[0] + (lost[0] if lost[0] == lost[0] else 0.0)
-
-
-cdef doubles fold_each(doubles* lanes) noexcept nogil:
-    # The same for LANES of them at once; lanes[l] holds lane l of each.
-    cdef doubles lost[LANES]
-    cdef doubles part, before, moved
-    cdef int l, half = LANES // 2
+        lanes[0].total = d_fold_add(sum.total)
+        lanes[0].lost = 0
+        return lanes[0]
+    d_store(all, sum.total)
     for l in range(LANES):
-        lost[l] = d_set(0.0)
+        lanes[l].total = all[l]
+    d_store(all, sum.lost)
+    for l in range(LANES):
+        lanes[l].lost = all[l]
     while half > 0:
         for l in range(half):
-            before, part = lanes[l], lanes[l + half]
-            lanes[l] = d_add(before, part)
-            if IS_DOUBLE:
-                moved = d_sub(lanes[l], before)
-                part = d_add(d_sub(before, d_sub(lanes[l], moved)), d_sub(part, moved))
-                lost[l] = d_add(lost[l], d_add(lost[l + half], part))
+            lanes[l].lost += lanes[l + half].lost
+            add_to_row(&lanes[l], lanes[l + half].total)
         half = half // 2
-    return d_add(lanes[0], d_select(d_equal(lost[0], lost[0]), lost[0], d_set(0.0)))
+    return lanes[0]
+
+
+cdef Sum fold_each(Sum* lanes) noexcept nogil:
+    # The same for LANES of them at once; lanes[l] holds lane l of each.
+    cdef int l, half = LANES // 2
+    while half > 0:
+        for l in range(half):
+            if IS_DOUBLE:
+                lanes[l].lost = d_add(lanes[l].lost, lanes[l + half].lost)
+            add(&lanes[l], lanes[l + half].total)
+        half = half // 2
+    return lanes[0]
 
 
 cdef inline vec at(const real* x, Py_ssize_t i, Py_ssize_t size, real rest) noexcept nogil:
@@ -135,31 +171,39 @@ cdef inline vec tree(const real* x, Py_ssize_t step) noexcept nogil:
     return v_add(v_add(a, b), v_add(c, d))
 
 
-cdef inline doubles total_of_steps(const real* x, Py_ssize_t groups, Py_ssize_t size, Py_ssize_t step) noexcept nogil:
+cdef inline Sum total_of_steps(const real* x, Py_ssize_t groups, Py_ssize_t size, Py_ssize_t step) noexcept nogil:
     # -> the sum in each lane of the vectors at x, x + step, ...: so many whole groups of them, and what is left
-    cdef doubles total = d_set(0.0), lost = total
+    cdef Sum sum = nothing()
     cdef vec group
-    cdef Py_ssize_t i = 0
+    cdef Py_ssize_t i = 0, k
     while groups > 0:
-        total = accumulate(total, v_to_doubles(tree(x + i, step)), &lost)
+        if IS_DOUBLE:
+            for k in range(0, GROUP, 2):
+                add(&sum, v_to_doubles(v_add(v_load(x + i + k * step), v_load(x + i + (k + 1) * step))))
+        else:
+            add(&sum, v_to_doubles(tree(x + i, step)))
         i += GROUP * step
         groups -= 1
-    if i < size:
+    if IS_DOUBLE:
+        while i < size:
+            add(&sum, v_to_doubles(at(x, i, size, 0)))
+            i += step
+    elif i < size:
         group = at(x, i, size, 0)
         i += step
         while i < size:
             group = v_add(group, at(x, i, size, 0))
             i += step
-        total = accumulate(total, v_to_doubles(group), &lost)
-    return total
+        add(&sum, v_to_doubles(group))
+    return sum
 
 
-cdef doubles total_of(const real* x, Py_ssize_t size) noexcept nogil:
+cdef inline Sum total_of(const real* x, Py_ssize_t size) noexcept nogil:
     # -> the sum in each lane
     return total_of_steps(x, size // (GROUP * LANES), size, LANES)
 
 
-cdef inline doubles few_exponentials(
+cdef inline Sum few_exponentials(
     const real* x, Py_ssize_t classes,        # in
     Units units,                              # in
     bint without, vec largest,                # in   is all but one term of the largest left out?
@@ -167,7 +211,7 @@ cdef inline doubles few_exponentials(
 ) noexcept nogil:
     # -> the sum in each lane of a tile, in double from the start: a few roundings of one row do not average out, and would cost
     # its loss half a ULP. In one loop, because what has just been stored is read back late.
-    cdef doubles total = d_set(0.0), lost = total
+    cdef Sum sum = nothing()
     cdef vec count = v_set(0), value
     cdef mask found
     cdef Py_ssize_t c
@@ -179,16 +223,16 @@ cdef inline doubles few_exponentials(
             found = v_equal(value, largest)
             count = v_add(count, v_select(found, v_set(1), v_set(0)))
             value = v_select(found, v_set(0), value)
-        total = accumulate(total, v_to_doubles(value), &lost)
+        add(&sum, v_to_doubles(value))
     if without:                               # all but one of those that were left out
-        total = d_fma(d_sub(v_to_doubles(count), d_set(1.0)), v_to_doubles(largest), total)
-    return total
+        add(&sum, d_mul(d_sub(v_to_doubles(count), d_set(1.0)), v_to_doubles(largest)))
+    return sum
 
 
-cdef doubles total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:
+cdef Sum total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:
     # -> the sum in each lane of a tile, added as a row's: each class in the lane that it would have there. The last vector of that
     # is whole, too: beyond the classes there are zeros.
-    cdef doubles lanes[LANES]
+    cdef Sum lanes[LANES]
     cdef Py_ssize_t step = LANES * LANES, size = (classes + LANES - 1) // LANES * step
     cdef int l
     for l in range(LANES):
@@ -196,9 +240,9 @@ cdef doubles total_of_tile(const real* x, Py_ssize_t classes) noexcept nogil:
     return fold_each(lanes)
 
 
-cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
+cdef Sum dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
     # -> the sum of products in each lane
-    cdef doubles total = d_set(0.0), lost = total
+    cdef Sum sum = nothing()
     cdef vec group
     cdef Py_ssize_t i = 0, end
     while i + GROUP * LANES <= size:
@@ -208,18 +252,18 @@ cdef doubles dot(const real* x, const real* y, Py_ssize_t size) noexcept nogil:
         while i < end:
             group = v_fma(v_load(x + i), v_load(y + i), group)
             i += LANES
-        total = accumulate(total, v_to_doubles(group), &lost)
+        add(&sum, v_to_doubles(group))
     if i < size:
         group = v_mul(at(x, i, size, 0), at(y, i, size, 0))
         i += LANES
         while i < size:
             group = v_fma(at(x, i, size, 0), at(y, i, size, 0), group)
             i += LANES
-        total = accumulate(total, v_to_doubles(group), &lost)
-    return total
+        add(&sum, v_to_doubles(group))
+    return sum
 
 
-cdef inline doubles total_backward(const Problem* p, const real* output, const real* upstream, Py_ssize_t size) noexcept nogil:
+cdef inline Sum total_backward(const Problem* p, const real* output, const real* upstream, Py_ssize_t size) noexcept nogil:
     # -> what the gradient of softmax or log_softmax needs, in each lane
     return dot(output, upstream, size) if p.operation == SOFTMAX_BACKWARD else total_of(upstream, size)
 
@@ -259,48 +303,46 @@ cdef inline vec coefficient(Coefficients k, Py_ssize_t i, Py_ssize_t size) noexc
     return v_from_doubles(q)
 
 
-cdef doubles distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:
+cdef Sum distances(const real* x, const real* weight, Py_ssize_t size, real m, vec lanes_m) noexcept nogil:
     # -> the sum of w (m - x) in each lane; weight NULL: 1. m stands for what is beyond `size` (of a row, whose lanes are alike)
-    cdef doubles total = d_set(0.0), lost = total
-    cdef vec sum
+    cdef Sum sum = nothing()
+    cdef vec group
     cdef Py_ssize_t i = 0, end
     while i < size:
-        sum = v_set(0)
+        group = v_set(0)
         end = min(i + GROUP * LANES, size)
         if weight != NULL:
             while i + LANES <= end:
-                sum = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), sum)
+                group = v_fma(v_load(weight + i), v_sub(lanes_m, v_load(x + i)), group)
                 i += LANES
             if i < end:
-                sum = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), sum)
+                group = v_fma(at(weight, i, size, 0), v_sub(lanes_m, at(x, i, size, m)), group)
                 i += LANES
         else:
             while i + 2 * LANES <= end:       # in pairs, because each addition to the sum waits for the one before
-                sum = v_add(sum, v_add(v_sub(lanes_m, v_load(x + i)), v_sub(lanes_m, v_load(x + i + LANES))))
+                group = v_add(group, v_add(v_sub(lanes_m, v_load(x + i)), v_sub(lanes_m, v_load(x + i + LANES))))
                 i += 2 * LANES
             if i + LANES <= end:
-                sum = v_add(sum, v_sub(lanes_m, v_load(x + i)))
+                group = v_add(group, v_sub(lanes_m, v_load(x + i)))
                 i += LANES
             if i < end:
-                sum = v_add(sum, v_sub(lanes_m, at(x, i, size, m)))
+                group = v_add(group, v_sub(lanes_m, at(x, i, size, m)))
                 i += LANES
-        total = accumulate(total, v_to_doubles(sum), &lost)
-    return total
+        add(&sum, v_to_doubles(group))
+    return sum
 
 
 cdef struct Term:
-    doubles term                  # the sum of w q' (m - x)
-    doubles mass                  # the sum of w q'
-    doubles lost_term             # of these sums, see accumulate
-    doubles lost_mass
+    Sum term                      # the sum of w q' (m - x)
+    Sum mass                      # the sum of w q'
 
 
 cdef inline void add_class_term(Term* sums, doubles mass, doubles x, doubles m) noexcept nogil:
     # In double from the start: one probability near 1 must not cost the others their digits. 0 * inf is 0 here: 0 log 0 = 0.
     cdef doubles term = d_mul(mass, d_sub(m, x))
     term = d_select(d_equal(mass, d_set(0.0)), mass, term)
-    sums.term = accumulate(sums.term, term, &sums.lost_term)
-    sums.mass = accumulate(sums.mass, mass, &sums.lost_mass)
+    add(&sums.term, term)
+    add(&sums.mass, mass)
 
 
 cdef Term class_term(
@@ -312,7 +354,7 @@ cdef Term class_term(
     cdef doubles wide_m = v_to_doubles(m)
     cdef real left[LANES]
     cdef Py_ssize_t i = 0, l, end
-    sums.term = sums.mass = sums.lost_term = sums.lost_mass = d_set(0.0)
+    sums.term = sums.mass = nothing()
     while i < size:
         # Up to the target's vector, and then from there on.
         end = target // LANES * LANES if i <= target else size // LANES * LANES

@@ -129,7 +129,8 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
     cdef vec m = v_load(r.maximum)
     cdef int l
     if p.target != NULL:
-        d_store(r.term, distances(x, panel.weight, size, 0, m))
+        sums.term = distances(x, panel.weight, size, 0, m)
+        d_store(r.term, settled(&sums.term))
         return
     k = coefficients_of(p, panel.weight, other)
     if k.given == NULL:
@@ -142,8 +143,8 @@ cdef void tile_class_term(const Problem* p, const Panel* panel, const real* x, r
             other[r.target[l] * LANES + l] = 0
     k.given = other
     sums = class_term(x, k, size, m, -1, False)
-    d_store(r.term, sums.term)
-    d_store(r.mass, sums.mass)
+    d_store(r.term, settled(&sums.term))
+    d_store(r.mass, settled(&sums.mass))
 
 
 cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept nogil:
@@ -156,24 +157,24 @@ cdef void tile_sum(const Problem* p, real* x, real* cached, Rows* r) noexcept no
     cdef int l
     cdef vec m = v_load(r.maximum), largest = m
     cdef Units units = units_of(exponent_of(m), ROOM)
-    cdef doubles total
+    cdef Sum sum
     if without:
         largest = exp_in(units, m)
     if few and without:
-        total = few_exponentials(x, p.classes, units, True, largest, NULL if logarithm else x)
+        sum = few_exponentials(x, p.classes, units, True, largest, NULL if logarithm else x)
     elif few:
-        total = few_exponentials(x, p.classes, units, False, largest, x if p.out.data != NULL else NULL)
+        sum = few_exponentials(x, p.classes, units, False, largest, x if p.out.data != NULL else NULL)
     elif without:
         exponentials_without(x, size, units, m, cached if logarithm else x, cached)
-        total = total_of_tile(cached, p.classes)
+        sum = total_of_tile(cached, p.classes)
     else:
         exponentials(x, size, units, x, False, False)
-        total = total_of_tile(x, p.classes)
+        sum = total_of_tile(x, p.classes)
     if p.have_state:
         return
     if without and not logarithm:
-        total = d_add(total, v_to_doubles(largest))
-    d_store(r.total, total)
+        add(&sum, v_to_doubles(largest))
+    d_store(r.total, settled(&sum))
     if not r.all_live:
         for l in range(LANES):
             r.total[l] = r.total[l] if r.live[l] else 1.0
@@ -246,6 +247,7 @@ cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexce
     # Of softmax and log_softmax; x is their output, other the upstream gradient.
     cdef Py_ssize_t tiles = (rows + LANES - 1) // LANES, size = p.plan.tile_classes * LANES, t
     cdef Rows* r
+    cdef Sum sum
     cdef Entries e
     e.operation = p.operation
     e.units = units_of(v_set(0), 0)
@@ -253,7 +255,8 @@ cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexce
         r = panel.rows + t
         e.x = panel.x + t * size
         e.y = panel.other + t * size
-        d_store(r.total, total_backward(p, e.x, e.y, size))
+        sum = total_backward(p, e.x, e.y, size)
+        d_store(r.total, settled(&sum))
         backward_of_rows(r)
         e.scale = v_load(r.scale)
         e.unit = v_load(r.unit)
