@@ -42,7 +42,11 @@ FOLDER = Path("build/trust")
 NOT_SANITIZED = [
     f"--ignore-glob=tests/test_{name}*.py" for name in ("build", "benchmarks", "docs", "environment", "torch", "trust")
 ]
-NOT_SANITIZED.append("--deselect=tests/test_linear.py::test_logits_are_never_one_array")
+NOT_SANITIZED += [
+    "--deselect=tests/test_linear.py::test_logits_are_never_one_array",
+    # AddressSanitizer needs memory of its own: under a limit it ends, and then hangs.
+    "--deselect=tests/test_memory.py::test_blocks_that_are_kept_do_not_make_a_call_fail",
+]
 
 
 def parallel(function, jobs, arguments, about):
