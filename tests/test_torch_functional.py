@@ -129,6 +129,14 @@ def test_autocast_gives_what_pytorch_gives(generator, dtype):
     assert_equal(of_log_probs, **tolerance)
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("name", ["reduction", "label_smoothing", "ignore_index", "z_loss", "empty", "loss_dtype", "normalizer"])
+def test_lists_are_no_options(name, requires_grad):
+    logits, target = torch.randn(3, 5, requires_grad=requires_grad), torch.tensor([0, 1, 2])
+    with pytest.raises((TypeError, ValueError), match=rf"{name}.*\[\]|\[\].*{name}|{name}.*list"):
+        ours.cross_entropy(logits, target, **{name: []})
+
+
 def test_errors_come_before_anything_else():
     logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
     with pytest.raises(IndexError, match=r"Target 5 is out of bounds. \(target\[1\]"):

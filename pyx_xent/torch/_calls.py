@@ -34,7 +34,7 @@ def _converted_alone(*options):
 
 
 def _convert(tensors, options, axis):
-    if options.loss_dtype not in _NUMPYS:
+    if options.loss_dtype not in tuple(_NUMPYS):
         raise TypeError(f"loss_dtype must be None, torch.float32 or torch.float64, got {options.loss_dtype}")
     return _call.options(
         _real_array(tensors.weight), options.ignore_index, options.reduction, options.label_smoothing, axis,
@@ -57,31 +57,28 @@ def _threads(input):
     return None if input.numel() < _SERIAL else torch.get_num_threads()
 
 
-def _ran(call):
-    call.run()
-    return call
-
-
 def with_loss(tensors, options):
     """The call that has the loss."""
     entry = _call.nll if options.log_probs else _call.cross_entropy
-    return _ran(entry(*_arguments(tensors, options), num_threads=_threads(tensors.input)))
+    call = entry(*_arguments(tensors, options), None, _threads(tensors.input))
+    call.run()
+    return call
 
 
 def with_state(tensors, options):
     """The call that has the loss, and what `gradient` takes: an array, (2, rows) float64. None of log-probabilities."""
     if options.log_probs:
         return with_loss(tensors, options), None
-    call = _ran(_call.cross_entropy_with_state(*_arguments(tensors, options), num_threads=_threads(tensors.input)))
+    call = _call.cross_entropy_with_state(*_arguments(tensors, options), _threads(tensors.input))
+    call.run()
     return call, call.row_state()
 
 
 def with_gradient(tensors, options, upstream, out):
     """The call that has the loss; the gradient, for an upstream number or array, goes into the tensor `out`."""
     entry = _call.nll_with_grad if options.log_probs else _call.cross_entropy_with_grad
-    call = _ran(
-        entry(*_arguments(tensors, options), num_threads=_threads(tensors.input), grad_output=upstream, grad_out=array_of(out))
-    )
+    call = entry(*_arguments(tensors, options), None, _threads(tensors.input), upstream, array_of(out))
+    call.run()
     call.gradient()
     return call
 
@@ -96,12 +93,10 @@ def gradient(grad_output, tensors, state, options, out=None):
     if state is None:
         with_gradient(tensors, options, upstream_of(grad_output), out)
         return out
-    call = _ran(
-        _call.cross_entropy_gradient(
-            *_arguments(tensors, options), state, num_threads=_threads(tensors.input), grad_output=upstream_of(grad_output),
-            grad_out=array_of(out),
-        )
-    )  # fmt: skip
+    call = _call.cross_entropy_gradient(
+        *_arguments(tensors, options), state, _threads(tensors.input), upstream_of(grad_output), array_of(out)
+    )
+    call.run()
     call.gradient()
     return out
 

@@ -30,7 +30,10 @@ class _Made:
         else:
             call, self.state = _calls.with_state(tensors, options)
         self.loss = _calls.loss_of(call, dtype)
-        self.read = [(tensor, tensor._version) for tensor in tensors.beside if tensor is not None]
+        target, weight, sample_weight = tensors.beside
+        self.read = ((target, target._version),)
+        if weight is not None or sample_weight is not None:
+            self.read += tuple((tensor, tensor._version) for tensor in (weight, sample_weight) if tensor is not None)
 
     def check_versions(self):
         """What reading saved tensors would notice of the logits, too, which a gradient that is there does not need."""

@@ -27,13 +27,20 @@ class Expectation:
     __slots__ = ("_habit", "_place", "factor")
 
     def __init__(self, *key):
-        habit = _habits.get(key)
+        try:
+            habit = _habits.get(key)
+        except TypeError:  # an option that is no key: the kernels say what is wrong with it
+            self.factor = None
+            return
         if habit is None:
             if len(_habits) >= _MOST:
                 _habits.clear()
             habit = _habits[key] = _Habit()
         self._habit = habit
-        self._place = place = min(habit.computed, _PLACES - 1)
+        place = habit.computed
+        if place == _PLACES:
+            place -= 1
+        self._place = place
         habit.computed = place + 1
         self.factor = habit.factors[place] if habit.misses[place] < _MISSES else None
 

@@ -26,14 +26,14 @@ def _is_memory(tensor):
 
 def is_plain(input, target, weight, sample_weight, normalizer):
     """Whether the way is EAGER, and no weight requires grad, seen soon. If not, check, and ask way_of."""
-    if torch.compiler.is_compiling() or type(input) not in _PLAIN or type(target) not in _PLAIN:
+    if type(input) not in _PLAIN or type(target) not in _PLAIN or _private.is_anything_at_work():
         return False
     for tensor in (weight, sample_weight):
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.requires_grad or not _is_cpu_strided(tensor)):
             return False
     if normalizer is not None and type(normalizer) is not float:
         return False
-    return _is_cpu_strided(input) and _is_cpu_strided(target) and not _private.is_anything_at_work()
+    return input.is_cpu and target.is_cpu and input.layout is target.layout is torch.strided
 
 
 def way_of(tensors):
