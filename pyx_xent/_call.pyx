@@ -192,16 +192,15 @@ cdef tuple loss_shape(Call call):
 
 # The steps of a loss
 
-cdef Call new_loss(Operation operation, object logits, object target, object num_threads):
+cdef Call new_loss(Operation operation, object logits, object target, Options o, object num_threads):
     # Converts what every loss has.
     cdef Call call = Call.__new__(Call)
     call.problem.operation = operation
-    cdef str name = "log_probs" if operation == NLL else "logits"
-    call.logits = as_array(logits, name)
+    call.logits = as_array(logits, o.name)
     call.target = as_array(target, "target")
     if storage_of(call.logits) < 0:
         swapped = storage_of(call.target) >= 0 and call.logits.dtype.kind in "iu"
-        raise_not_floating(call.logits, name, ": was target given first?" if swapped else "")
+        raise_not_floating(call.logits, o.name, ": was target given first?" if swapped else "")
     call.num_threads = num_threads if num_threads is None else _threads.checked(num_threads)
     return call
 
@@ -232,7 +231,7 @@ cdef int check_loss(Call call, Options o) except -1:
     cdef Py_ssize_t live
     p.options.label_smoothing, p.options.z_loss = o.label_smoothing, o.z_loss
     call.reduction = o.reduction
-    call.axis = class_axis(o.axis, cnp.PyArray_NDIM(x), "log_probs" if p.operation == NLL else "logits")
+    call.axis = class_axis(o.axis, cnp.PyArray_NDIM(x), o.name)
     call.classes = cnp.PyArray_DIM(x, call.axis)
     call.rows = rows_of(x, call.axis)
     if o.weight is not None:
@@ -266,10 +265,10 @@ cdef int check_loss(Call call, Options o) except -1:
     return 0
 
 
-cdef str hint_for(cnp.ndarray target):
+cdef str hint_for(cnp.ndarray target, Options o):
     # of integers with the shape of the logits
     if cnp.PyArray_NDIM(target) == 1:
-        return ": logits of shape (C,) are one row of C classes. Binary logits x are rows of two, numpy.stack([0 * x, x], 1)"
+        return f": {o.name} of shape (C,) are one row of C classes. Binary logits x are rows of two, {o.if_binary}"
     return ": one-hot labels are of a floating dtype, or indices, target.argmax(1)"
 
 
@@ -278,13 +277,13 @@ cdef object dtype_with_probabilities(object dtype, cnp.ndarray target, Options o
     cdef cnp.ndarray array
     if target.dtype.kind != "f" and storage_of(target) != BFLOAT16:
         raise TypeError(
-            f"Expected floating point type for target with class probabilities, got {target.dtype.name}{hint_for(target)}"
+            f"Expected floating point type for target with class probabilities, got {target.dtype.name}{hint_for(target, o)}"
         )
     if o.ignore_index >= 0:
         raise ValueError("ignore_index is not supported for floating point target")
     for array in (target,) if o.weight is None or o.weight.dtype.kind in "iub" else (target, o.weight):
         if storage_of(array) < 0:
-            raise TypeError(f"logits, target and weight must promote to float32 or float64, got {array.dtype}")
+            raise TypeError(f"{o.name}, target and weight must promote to float32 or float64, got {array.dtype}")
         dtype = promoted(dtype, native_dtype(array))
     return dtype
 
@@ -413,7 +412,7 @@ cdef Call finished_loss(Call call):
 
 
 cdef Call loss_alone(Operation operation, logits, target, Options options, out, num_threads):
-    cdef Call call = new_loss(operation, logits, target, num_threads)
+    cdef Call call = new_loss(operation, logits, target, options, num_threads)
     write_loss_to(call, out)
     check_loss(call, options)
     set_losses(call)
@@ -423,7 +422,7 @@ cdef Call loss_alone(Operation operation, logits, target, Options options, out, 
 cdef Call loss_with_gradient(
     Operation operation, logits, target, Options options, out, num_threads, grad_output, grad_out
 ):
-    cdef Call call = new_loss(operation, logits, target, num_threads)
+    cdef Call call = new_loss(operation, logits, target, options, num_threads)
     write_loss_to(call, out)
     want_gradient(call, grad_output, grad_out)
     check_loss(call, options)
@@ -448,7 +447,7 @@ def cross_entropy_with_grad(
 
 def cross_entropy_with_state(logits, target, Options options not None, num_threads=None):
     """The loss, and what its gradient needs of each row: see Call.row_state and Call.backward."""
-    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, num_threads)
+    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, options, num_threads)
     check_loss(call, options)
     set_losses(call)
     call.state = np.zeros((2, call.rows))
@@ -459,7 +458,7 @@ def cross_entropy_gradient(
     logits, target, Options options not None, state, num_threads=None, grad_output=None, grad_out=None
 ):
     """The gradient alone, from Call.row_state() of cross_entropy_with_state for the same logits, target and options."""
-    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, num_threads)
+    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, options, num_threads)
     want_gradient(call, grad_output, grad_out)
     check_loss(call, options)
     if not cnp.PyArray_CheckExact(state) or not is_doubles(state) or not has_shape(state, (2, call.rows)):
@@ -468,6 +467,13 @@ def cross_entropy_gradient(
     call.problem.have_state = True
     set_gradient_of_loss(call)
     return finished_loss(call)
+
+
+def rounded_losses(cnp.ndarray losses not None, dtype):
+    """Losses in double, (n,), rounded once: dtype float32, float64, float16, or bfloat16_bits, which come as uint16."""
+    if not is_doubles(losses) or cnp.PyArray_NDIM(losses) != 1:
+        raise ValueError(f"losses must be a C-contiguous float64 array (n,), got {losses.dtype}, {(<object>losses).shape}")
+    return rounded(losses, dtype)
 
 
 def nll(log_probs, target, Options options not None, out=None, num_threads=None):
@@ -487,7 +493,7 @@ def rows_of_linear(tuple rows, Py_ssize_t classes, dtype, target, Options option
     Call.labels, class_weights, sample_weights, grad_scale, and reduce, which takes what came of it.
     """
     stand_in = np.broadcast_to(np.zeros((), dtype), (*rows, classes))     # takes no memory
-    cdef Call call = new_loss(CROSS_ENTROPY, stand_in, target, None)
+    cdef Call call = new_loss(CROSS_ENTROPY, stand_in, target, options, None)
     call.shifted = shifted
     want_gradient(call, grad_output, None)
     check_loss(call, options)

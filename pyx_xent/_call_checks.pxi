@@ -211,7 +211,10 @@ cdef class Options:
     cdef double normalizer
     cdef object axis                              # an int, or None
     cdef object loss_dtype                        # float32, float64, or None
-    cdef str if_last                              # what to do if the class axis is the last, for messages
+    # For messages: what logits are called, what to do if the class axis is the last, and how binary logits x become rows of two
+    cdef str name
+    cdef str if_last
+    cdef str if_binary
 
     def of_rows(self, weight, sample_weight):
         """Of some rows of the same loss, not reduced: of labels and weights that are checked already, copies or None."""
@@ -221,12 +224,14 @@ cdef class Options:
         o.ignore_index = -100
         o.reduction = NONE
         o.axis = -1
+        o.name, o.if_last, o.if_binary = self.name, self.if_last, self.if_binary
         return o
 
 
 def options(
     weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=None, sample_weight=None, normalizer=None,
-    z_loss=0.0, empty="nan", loss_dtype=None, if_last="pass axis=-1 if it is the last",
+    z_loss=0.0, empty="nan", loss_dtype=None, name="logits", if_last="pass axis=-1 if it is the last",
+    if_binary="numpy.stack([0 * x, x], 1)",
 ):
     """The Options of pyx_xent.cross_entropy, converted; an error if one of them makes no sense for any loss."""
     cdef Options o = Options.__new__(Options)
@@ -249,5 +254,5 @@ def options(
         raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
     o.empty = as_empty(empty)
     o.loss_dtype = as_loss_dtype(loss_dtype)
-    o.if_last = if_last
+    o.name, o.if_last, o.if_binary = name, if_last, if_binary
     return o

@@ -223,7 +223,7 @@ def nll_loss(
     """
     options = _call.options(
         weight, ignore_index, reduction, axis=axis, sample_weight=sample_weight, normalizer=normalizer, empty=empty,
-        loss_dtype=loss_dtype,
+        loss_dtype=loss_dtype, name="log_probs",
     )  # fmt: skip
     call = _call.nll(log_probs, target, options, out, num_threads)
     call.run()
@@ -277,7 +277,7 @@ def nll_loss_with_grad(
     """
     options = _call.options(
         weight, ignore_index, reduction, axis=axis, sample_weight=sample_weight, normalizer=normalizer, empty=empty,
-        loss_dtype=loss_dtype,
+        loss_dtype=loss_dtype, name="log_probs",
     )  # fmt: skip
     call = _call.nll_with_grad(log_probs, target, options, out, num_threads, grad_output, grad_out)
     call.run()

@@ -263,6 +263,20 @@ def _finite(value, name, dtype):
     return value
 
 
+def checked_options(dtype, logit_scale, softcap, chunk_bytes):
+    """The options that the loss of logits does not have, converted; dtype: that of the products."""
+    logit_scale = _finite(logit_scale, "logit_scale", dtype)
+    if softcap is not None:
+        softcap = _finite(softcap, "softcap", dtype)
+        if not _rounded(softcap, dtype) > 0:
+            raise ValueError(f"softcap must be positive in {dtype}, got {softcap}")
+    if chunk_bytes is not None:
+        chunk_bytes = int(operator.index(chunk_bytes))
+        if chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    return logit_scale, softcap, chunk_bytes
+
+
 @np.errstate(all="ignore")
 def _rounded(value, dtype):
     return dtype.type(value)
@@ -330,10 +344,8 @@ class Problem:
         given = target = _call.as_array(target, "target")
         grad_output = None if grad_output is None else _call.as_real(grad_output, "grad_output")
         dtype = _computed(hidden.dtype)
-        self.logit_scale = _finite(logit_scale, "logit_scale", dtype)
-        self.softcap = None if softcap is None else _finite(softcap, "softcap", dtype)
+        self.logit_scale, self.softcap, chunk_bytes = checked_options(dtype, logit_scale, softcap, chunk_bytes)
         num_threads = _threads.checked(num_threads)
-        chunk_bytes = None if chunk_bytes is None else int(operator.index(chunk_bytes))
         shift = bool(shift)
         loss_memory = None if out is None else _call.as_output(out, "out")
 
@@ -347,10 +359,6 @@ class Problem:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {array.dtype}")
         if bias is not None and bias.shape != (classes,):
             raise ValueError(f"linear_bias must have shape ({classes},), got {bias.shape}")
-        if softcap is not None and not _rounded(self.softcap, dtype) > 0:
-            raise ValueError(f"softcap must be positive in {dtype}, got {softcap}")
-        if chunk_bytes is not None and chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
         rows = hidden.shape[:-1]
         self.shape = hidden.shape
         self.hidden = hidden.reshape(math.prod(rows), hidden.shape[-1])

@@ -125,7 +125,7 @@ class NLLLoss(_Options):
         self._last = None
         options = _call.options(
             self.weight, self.ignore_index, self.reduction, axis=self.axis, sample_weight=sample_weight, normalizer=normalizer,
-            empty=self.empty, loss_dtype=self.loss_dtype,
+            empty=self.empty, loss_dtype=self.loss_dtype, name="log_probs",
         )  # fmt: skip
         call = _call.nll(log_probs, target, options)
         call.run()

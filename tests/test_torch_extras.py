@@ -88,6 +88,29 @@ def test_extras_are_differentiated_twice(kind, reduction, extras):
     assert torch.autograd.gradgradcheck(loss, inputs)
 
 
+@pytest.mark.spec("S24", "S28")
+@pytest.mark.parametrize("empty", ["nan", "zero"])
+@pytest.mark.parametrize("kind", ["index", "soft"])
+def test_rows_that_do_not_count_have_gradients_of_zero(kind, empty):
+    logits, target = problem(kind)
+    inputs = [logits] if kind == "index" else [logits, target.requires_grad_()]
+    loss = ours.cross_entropy(logits, target, sample_weight=torch.zeros(ROWS), empty=empty)
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+    again = torch.autograd.grad(sum(g.sum() for g in gradients), inputs, allow_unused=True)
+    assert not any(g.any() for g in (*gradients, *again) if g is not None)
+
+
+@pytest.mark.spec("S40")
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_losses_of_half_types_are_rounded_once(dtype, bits, reduction):
+    exact = 1 + 2.0**-bits + 2.0**-40  # halfway, and a bit that float32 has not
+    extras = {"normalizer": 1 / exact} if reduction == "mean" else {"sample_weight": torch.tensor([exact], dtype=torch.float64)}
+    loss = ours.nll_loss(torch.full((1, 2), -1.0, dtype=dtype), torch.tensor([0]), reduction=reduction, **extras)
+    assert loss.dtype == dtype
+    assert loss.item() == 1 + 2.0 ** (1 - bits)
+
+
 @pytest.mark.spec("S41")
 def test_modules_take_extras():
     logits, target = problem("index", torch.float32)

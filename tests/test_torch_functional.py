@@ -1,6 +1,7 @@
 """pyx_xent.torch's functions against PyTorch's: its own samples, values, dtypes, errors. Skipped without torch."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -135,6 +136,40 @@ def test_lists_are_no_options(name, requires_grad):
     logits, target = torch.randn(3, 5, requires_grad=requires_grad), torch.tensor([0, 1, 2])
     with pytest.raises((TypeError, ValueError), match=rf"{name}.*\[\]|\[\].*{name}|{name}.*list"):
         ours.cross_entropy(logits, target, **{name: []})
+
+
+@pytest.mark.parametrize(("name", "value"), [("label_smoothing", 0.1), ("z_loss", 0.1), ("ignore_index", 1)])
+def test_arrays_of_one_number_are_options(name, value):
+    found = []
+    for given in (value, np.array(value)):
+        logits = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+        loss = ours.cross_entropy(logits, torch.tensor([0, 1, 2]), **{name: given})
+        loss.backward()
+        found.append((loss.detach(), logits.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+LOGITS, LABELS = torch.zeros(2, 3), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), [
+    ((LOGITS.long(), LABELS), {}, "input must be float32, float64, float16 or bfloat16, got int64"),
+    ((LABELS, LOGITS), {}, "input must be float32, float64, float16 or bfloat16, got int64: was target given first?"),
+    ((LOGITS.to(torch.float8_e5m2), LABELS), {}, "torch.float8_e5m2 is not supported, use float32, float64"),
+    ((LOGITS[0], torch.tensor([0, 1, 0])), {}, "Binary logits x are rows of two, torch.stack([0 * x, x], 1)"),
+    ((LOGITS, LOGITS[:, 0] * torch.nan), {}, "got float32: target[0] is nan"),
+    ((LOGITS, F.one_hot(LABELS, 3)), {}, "one-hot labels are of a floating dtype, or indices, target.argmax(1)"),
+    ((LOGITS, LABELS[:, None]), {}, "Expected target size (2,), got (2, 1): target.squeeze(-1) has it"),
+    ((torch.zeros(2, 5, 3), torch.zeros(2, 5).long()), {}, "class axis is 1; input.movedim(-1, 1), if it is the last"),
+    ((LOGITS, LABELS), {"weight": [1, 2, 3]}, "weight must be a torch.Tensor, got list"),
+    ((LOGITS, LABELS), {"sample_weight": np.ones(2)}, "sample_weight must be a torch.Tensor, got ndarray"),
+])  # fmt: skip
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_common_mistakes_are_named(arguments, options, message, requires_grad):
+    if requires_grad and arguments[0].is_floating_point():
+        arguments = (arguments[0].clone().requires_grad_(), arguments[1])
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        ours.cross_entropy(*arguments, **options)
 
 
 def test_errors_come_before_anything_else():

@@ -4,6 +4,7 @@ import gc
 import importlib
 import itertools
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -186,6 +187,32 @@ def test_gradcheck_and_gradgradcheck(generator, reduction, soft):
 
     assert torch.autograd.gradcheck(f, (hidden, linear_weight, linear_bias))
     assert torch.autograd.gradgradcheck(f, (hidden, linear_weight, linear_bias))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 1e39}, {"softcap": -1.0}, {"logit_scale": 1e39}, {"chunk_bytes": 0}], ids=str)
+@pytest.mark.parametrize("way", ["fused", "logits", "torch.func"])
+def test_options_are_checked_whichever_way_is_taken(options, way):
+    hidden, layer = torch.randn(3, 5), torch.randn(4, 5)
+    target = torch.rand(3, 4).requires_grad_() if way == "logits" else torch.tensor([0, 1, 2])
+
+    def loss(x):
+        return ours.linear_cross_entropy(x, layer, target, **options)
+
+    with pytest.raises(ValueError, match=next(iter(options))):
+        torch.func.grad(loss)(hidden) if way == "torch.func" else loss(hidden)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"input": np.zeros((3, 5))}, "input must be a torch.Tensor, got ndarray"),
+    ({"linear_weight": None}, "linear_weight must be a torch.Tensor, got NoneType"),
+    ({"target": [0, 1, 2]}, "target must be a torch.Tensor, got list"),
+    ({"linear_bias": [0.0] * 4}, "linear_bias must be a torch.Tensor, got list"),
+    ({"weight": np.ones(4)}, "weight must be a torch.Tensor, got ndarray"),
+])  # fmt: skip
+def test_what_is_no_tensor_is_named(changed, message):
+    arguments = {"input": torch.zeros(3, 5), "linear_weight": torch.zeros(4, 5), "target": torch.tensor([0, 1, 2])} | changed
+    with pytest.raises(TypeError, match=message):
+        ours.linear_cross_entropy(**arguments)
 
 
 def test_probabilities_that_require_grad(generator):

@@ -7,7 +7,7 @@ import torch
 
 from .. import _call
 from ._options import Options, Tensors
-from ._tensors import HALVES, array_of, gradient_like
+from ._tensors import FLOATS, HALVES, array_of, gradient_like
 
 _SERIAL = 1 << 16  # elements: smaller calls have one thread anyway
 _NUMPYS = {None: None, torch.float32: np.float32, torch.float64: np.float64}
@@ -39,7 +39,7 @@ def _convert(tensors, options, axis):
     return _call.options(
         _real_array(tensors.weight), options.ignore_index, options.reduction, options.label_smoothing, axis,
         _real_array(tensors.sample_weight), tensors.normalizer, options.z_loss, options.empty, _NUMPYS[options.loss_dtype],
-        if_last="input.movedim(-1, 1), if it is the last",
+        name="input", if_last="input.movedim(-1, 1), if it is the last", if_binary="torch.stack([0 * x, x], 1)",
     )  # fmt: skip
 
 
@@ -117,6 +117,10 @@ def dtype_of_loss(tensors, options):
 def loss_of(call, dtype):
     """The loss of a call, rounded once."""
     loss = call.loss_in_double()
+    if dtype in HALVES:  # which PyTorch would round to float32 first
+        losses = np.array(loss)
+        rounded = _call.rounded_losses(losses.ravel(), FLOATS[dtype]).reshape(losses.shape)
+        return torch.from_numpy(rounded.view(np.int16)).view(dtype).clone()
     if type(loss) is float:
         return torch.scalar_tensor(loss, dtype=dtype, device="cpu")
     result = torch.empty(loss.shape, dtype=dtype, device="cpu")

@@ -35,9 +35,14 @@ def _divisor(tensors, options, s, live=None, w_y=None):
         return tensors.normalizer
     if w_y is None:  # class probabilities
         axis = class_axis(tensors.input)
-        return tensors.input.numel() / tensors.input.shape[axis] if tensors.sample_weight is None else s.sum()
-    divisor = live.sum() if tensors.weight is None and tensors.sample_weight is None else (w_y * s).sum()
-    return torch.where(divisor == 0, torch.inf, divisor) if options.empty != "nan" else divisor
+        if tensors.sample_weight is None:
+            return tensors.input.numel() / tensors.input.shape[axis]
+        divisor = s.sum()
+    elif tensors.weight is None and tensors.sample_weight is None:
+        divisor = live.sum()
+    else:
+        divisor = (w_y * s).sum()
+    return torch.where(divisor == 0, torch.inf, divisor)  # rows that do not count have gradients of 0: SPEC S26, S28
 
 
 def derivatives_of_gradient(grad_output, tensors, options, cotangent):
@@ -71,7 +76,7 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
         own_v = (1 - smoothing) * w_y * v_y + smoothing / classes * (of_class * v).sum(axis)
     divisor = _divisor(tensors, options, s, live, w_y)
     h = g * s / divisor
-    of_input, of_row = None, -own_v
+    of_input, of_row = torch.zeros_like(input), -own_v
     if not options.log_probs:
         x = torch.where(live.unsqueeze(axis) if live.dim() else live, x, 0)
         p = x.softmax(axis)

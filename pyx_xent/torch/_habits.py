@@ -29,9 +29,8 @@ class Expectation:
     def __init__(self, *key):
         try:
             habit = _habits.get(key)
-        except TypeError:  # an option that is no key: the kernels say what is wrong with it
-            self.factor = None
-            return
+        except TypeError:  # an option that is no key, as a NumPy array of one number: nothing is learned from this loss
+            habit = _Habit()
         if habit is None:
             if len(_habits) >= _MOST:
                 _habits.clear()

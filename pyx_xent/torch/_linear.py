@@ -3,6 +3,7 @@
 import torch
 
 from . import _calls, _linear_logits, _linear_operators, _linear_products, _private, _pytorch, _routes
+from ._arguments import refuse_gradient
 from ._habits import Expectation
 from ._options import LinearTensors, with_number
 from ._tensors import FLOATS
@@ -67,8 +68,7 @@ def _autocast(tensors):
 
 def compute(tensors, options):
     """The loss."""
-    _routes.check_tensors(input=tensors.input, linear_weight=tensors.linear_weight, target=tensors.target)
-    _routes.refuse_gradient(weight=tensors.weight, sample_weight=tensors.sample_weight, normalizer=tensors.normalizer)
+    refuse_gradient(weight=tensors.weight, sample_weight=tensors.sample_weight, normalizer=tensors.normalizer)
     if torch.is_autocast_enabled("cpu"):
         tensors = _autocast(tensors)
     input, linear_weight, linear_bias = tensors.layer

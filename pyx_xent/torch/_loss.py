@@ -3,6 +3,7 @@
 import torch
 
 from . import _calls, _eager, _operators, _pytorch, _routes
+from ._arguments import check_tensors, refuse_gradient
 from ._options import with_number
 from ._tensors import HALVES
 
@@ -11,8 +12,8 @@ def compute(tensors, options, inplace=False):
     """The loss: cross-entropy, or negative log-likelihood."""
     if _routes.is_plain(*tensors):
         return _eager.loss(tensors, options, inplace)
-    _routes.check_tensors(input=tensors.input, target=tensors.target)
-    _routes.refuse_gradient(weight=tensors.weight, sample_weight=tensors.sample_weight, normalizer=tensors.normalizer)
+    check_tensors(tensors)
+    refuse_gradient(weight=tensors.weight, sample_weight=tensors.sample_weight, normalizer=tensors.normalizer)
     way = _routes.way_of(tensors)
     if way is _routes.PYTORCH:
         return _pytorch.loss(tensors, options)

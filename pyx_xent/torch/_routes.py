@@ -58,25 +58,3 @@ def _check_devices(tensors):
     devices = {str(tensor.device) for tensor in tensors if tensor.dim()}
     if len(devices) > 1:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {' and '.join(sorted(devices))}")
-
-
-def refuse_gradient(**tensors):
-    """RuntimeError that names a tensor whose gradient would be lost."""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"the derivative for {name!r} is not implemented: pass {name}.detach()")
-
-
-def number(value, name):
-    """A number that an option is; a tensor that requires grad is refused, because its gradient would be lost."""
-    if type(value) is float:
-        return value
-    refuse_gradient(**{name: value})
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def check_tensors(**tensors):
-    """TypeError that names what is no tensor."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -38,7 +38,7 @@ def array_of(tensor):
     try:
         dtype = _DTYPES[tensor.dtype]
     except KeyError:
-        raise TypeError(f"NumPy has no {tensor.dtype}") from None
+        raise TypeError(f"{tensor.dtype} is not supported, use float32, float64, float16, bfloat16, or integers") from None
     return _memory.array_at(
         address, tensor.storage_offset(), tensor.untyped_storage().nbytes(), tensor.shape, tensor.stride(), dtype, tensor
     )

@@ -3,8 +3,8 @@
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _linear, _loss, _private
+from ._arguments import check_linear_shapes, check_tensors, checked_linear, number
 from ._options import LinearOptions, LinearTensors, Options, Tensors
-from ._routes import number
 
 
 def cross_entropy(
@@ -217,37 +217,12 @@ def linear_cross_entropy(
             sample_weight=sample_weight, normalizer=normalizer, z_loss=z_loss, empty=empty, loss_dtype=loss_dtype,
             logit_scale=logit_scale, softcap=softcap, shift=shift, chunk_bytes=chunk_bytes,
         )  # fmt: skip
-    _check_shapes(tensors, ignore_index, shift)
+    check_tensors(tensors)
+    check_linear_shapes(tensors, ignore_index, shift)
     of_loss = Options(
         reduction, -100 if ignore_index is None else ignore_index, number(label_smoothing, "label_smoothing"),
         number(z_loss, "z_loss"), empty, loss_dtype,
     )  # fmt: skip
-    scale, softcap = float(number(logit_scale, "logit_scale")), number(softcap, "softcap")
-    return _linear.compute(tensors, LinearOptions(of_loss, scale, softcap, shift, chunk_bytes))
-
-
-def _check_shapes(tensors, ignore_index, shift):
-    input, linear_weight, target, linear_bias = tensors.input, tensors.linear_weight, tensors.target, tensors.linear_bias
-    if input.dim() < 1 or (input.dim() > 2 and not shift):
-        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
-    if linear_weight.dim() < 2:
-        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
-    if input.shape[-1] != linear_weight.shape[-1]:
-        raise RuntimeError(
-            "expected equal input and linear_weight last dimensions (in_features), "
-            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
-        )
-    outputs = tuple(linear_weight.shape[:-1])
-    if linear_bias is not None and linear_bias.shape != outputs:
-        raise RuntimeError(f"expected linear_bias shape {outputs}, got {tuple(linear_bias.shape)}")
-    if len(outputs) > 1 and (input.dim() == 1 or shift):
-        raise RuntimeError(
-            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
-            f"(N, {input.shape[-1]}), got {'shift=True and' if shift else 'unbatched'} input with shape {tuple(input.shape)}"
-        )
-    if shift and target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"shift=True needs input (..., T, H) and target (..., T), got {tuple(input.shape)} and {tuple(target.shape)}"
-        )
-    if ignore_index is not None and target.shape == (*input.shape[:-1], *outputs):
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    scale, softcap = number(logit_scale, "logit_scale"), number(softcap, "softcap")
+    options = checked_linear(LinearOptions(of_loss, scale, softcap, shift, chunk_bytes), input.dtype)
+    return _linear.compute(tensors, options)
