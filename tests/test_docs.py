@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pyx_xent
-
 ROOT = Path(__file__).parents[1]
 MODULES = ["pyx_xent"] + [
     name

@@ -150,3 +150,18 @@ def test_without_memory_for_the_gradient_all_stays_usable():
             except MemoryError:
                 print("MemoryError", px.cross_entropy(logits, target) > 11)"""
     assert python(code).stdout == "MemoryError True\nMemoryError True\n"
+
+
+def test_without_pytorch():
+    code = """
+import sys
+sys.modules["torch"] = None
+import pyx_xent
+print(hasattr(pyx_xent, "torch"), "torch" in dir(pyx_xent))
+try:
+    import pyx_xent.torch
+except ModuleNotFoundError as error:
+    print(error)"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found[0] == "False False"
+    assert "pyx_xent.torch needs PyTorch: pip install torch" in found[1]

@@ -103,6 +103,26 @@ labels = (target % WIDTH).flatten()
 for placement in (Replicate(), Shard(0)):
     found = ours.cross_entropy(distribute_tensor(logits, mesh, [placement]), distribute_tensor(labels, mesh, [placement]))
     close(found.full_tensor(), torch.nn.functional.cross_entropy(logits, labels))
+    sharded = distribute_tensor(logits.clone(), mesh, [placement]).requires_grad_()
+    labels_too = distribute_tensor(labels, mesh, [placement])
+    alone = logits.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(alone, labels).backward()
+    ours.cross_entropy(sharded, labels_too).backward()
+    close(sharded.grad.full_tensor(), alone.grad)
+    with ours.patch() as patch:
+        close(torch.nn.functional.cross_entropy(sharded, labels_too).full_tensor(), found.full_tensor())
+    assert patch.passed_on == {"tensor class DTensor": 1}
+    log_p = sharded.detach().log_softmax(1)
+    close(ours.nll_loss(log_p, labels_too).full_tensor(), found.full_tensor())
+    head = distribute_tensor(torch.eye(WIDTH), mesh, [Replicate()])
+    close(ours.linear_cross_entropy(sharded.detach(), head, labels_too).full_tensor(), found.full_tensor())
+    for wrong in (lambda: ours.cross_entropy(sharded, labels), lambda: ours.cross_entropy(sharded, labels_too, z_loss=0.1)):
+        try:
+            wrong()
+        except RuntimeError as error:
+            assert "DTensor" in str(error) or "z_loss needs" in str(error), error
+        else:
+            raise AssertionError("a mixture, and what PyTorch lacks, have to be refused")
 """,
 }
 

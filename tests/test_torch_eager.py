@@ -221,3 +221,49 @@ def test_torch_func(generator, kind):
         torch.testing.assert_close(*(torch.func.vmap(f)(*batches) for f in losses))
         gradients = [torch.func.vmap(torch.func.grad(f), in_dims=(0, None)) for f in losses]
         torch.testing.assert_close(*(g(batches[0], target) for g in gradients))
+
+
+@pytest.mark.parametrize("argument", ["target", "weight"])
+def test_inference_tensors_are_not_saved(argument):
+    with torch.inference_mode():
+        arguments = {"target": torch.tensor([0, 1]), "weight": torch.ones(3)}
+    arguments = {"target": torch.tensor([0, 1])} | {argument: arguments[argument]}
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ours.cross_entropy(torch.randn(2, 3, requires_grad=True), **arguments)
+
+
+def test_no_classes_have_no_gradient():
+    logits, probabilities = (torch.zeros(3, 0, requires_grad=True) for _ in range(2))
+    for target, options in ((probabilities, {}), (torch.full((3,), -100), {"label_smoothing": 0.1})):
+        loss = ours.cross_entropy(logits, target, **options)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        assert gradient.shape == torch.autograd.grad(gradient.sum(), logits)[0].shape == (3, 0)
+    ours.cross_entropy(logits, probabilities).backward()
+    assert probabilities.grad.shape == (3, 0)
+    with pytest.raises(ValueError, match="input must have a class axis"):
+        ours.cross_entropy(torch.zeros((), requires_grad=True), torch.tensor(0))
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0, 1], [1.0, -1, 2]])
+def test_second_derivatives_are_not_finite_where_the_first_are_not(weights):
+    logits = torch.tensor([[0.0, 1, 2], [2, 1, 0]], dtype=torch.float64, requires_grad=True)
+    loss = ours.cross_entropy(logits, torch.tensor([0, 1]), weight=torch.tensor(weights, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    assert not gradient[0].isfinite().any()
+    assert not torch.autograd.grad(gradient[0, 0], logits)[0][0].isfinite().any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_dual_upstream_gradient_keeps_its_tangent(linear, reduction):
+    forward_ad, found = torch.autograd.forward_ad, []
+    for space in (ours, F):
+        x, target = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_(), torch.tensor([0, 1, 2, 0])
+        if linear:
+            loss = space.linear_cross_entropy(x, torch.linspace(-1, 1, 15).view(5, 3), target, reduction=reduction)
+        else:
+            loss = space.cross_entropy(x, target, reduction=reduction)
+        with forward_ad.dual_level():
+            upstream = forward_ad.make_dual(torch.ones_like(loss), torch.full_like(loss, 2.0))
+            found.append(forward_ad.unpack_dual(torch.autograd.grad(loss, x, upstream)[0]))
+    torch.testing.assert_close(*found)

@@ -61,7 +61,7 @@ def test_halves_are_not_farther_off_than_pytorchs(generator):
         assert error <= other_error
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64, torch.uint64])
+@pytest.mark.parametrize("dtype", [getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)])
 def test_targets_of_every_integer_dtype(dtype):
     logits = torch.randn(3, 5)
     expected = F.cross_entropy(logits, torch.tensor([4, 0, 2]))
@@ -131,7 +131,9 @@ def test_autocast_gives_what_pytorch_gives(generator, dtype):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("name", ["reduction", "label_smoothing", "ignore_index", "z_loss", "empty", "loss_dtype", "normalizer"])
+@pytest.mark.parametrize(
+    "name", ["reduction", "label_smoothing", "ignore_index", "z_loss", "empty", "loss_dtype", "normalizer"]
+)
 def test_lists_are_no_options(name, requires_grad):
     logits, target = torch.randn(3, 5, requires_grad=requires_grad), torch.tensor([0, 1, 2])
     with pytest.raises((TypeError, ValueError), match=rf"{name}.*\[\]|\[\].*{name}|{name}.*list"):

@@ -412,3 +412,34 @@ def test_large_gradients_of_the_weight_add_up(generator):
     for hidden in batches:
         torch.nn.functional.cross_entropy(hidden @ weight.T, target).backward()
     torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiled_under_autocast_the_loss_is_float32(reduction):
+    hidden, layer, target = torch.randn(16, 8), torch.randn(50, 8), torch.randint(50, (16,))
+
+    def loss(hidden):
+        return ours.linear_cross_entropy(hidden, layer, target, reduction=reduction)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden), loss(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
+
+
+def test_autocast_of_the_cpu_leaves_other_devices_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours.linear_cross_entropy(
+            torch.empty(4, 3, device="meta"), torch.empty(5, 3, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+        )
+    assert found.dtype == torch.float32
+
+
+def test_float16_autocast_does_not_reach_the_products():
+    hidden, layer, target = torch.randn(64, 32), torch.randn(500, 32), torch.randint(500, (64,))
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        loss = ours.linear_cross_entropy(hidden, layer, target)
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import pickle
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_patch_passes_on_what_it_does_not_compute_and_says_why(calls):
             F.cross_entropy(torch.autograd.forward_ad.make_dual(logits, logits), target)
         assert patch.passed_on.pop("torch.func or forward-mode derivatives") == 3
         torch.jit.trace(lambda x: F.cross_entropy(x, target), logits, check_trace=False)
-        assert patch.passed_on.pop("tracing, export, layout or a tensor class") == 1
+        assert patch.passed_on.pop("torch.jit.trace") == 1
         torch.jit.script(torch.nn.CrossEntropyLoss())(logits, target)
         F.cross_entropy(logits, logits.softmax(1), torch.ones(5, requires_grad=True)).backward()
         assert patch.passed_on.pop("weight requires grad") == 1
@@ -63,6 +64,9 @@ def test_patch_passes_on_what_it_does_not_compute_and_says_why(calls):
             F.cross_entropy(logits.to(torch.int64), target)
         assert patch.passed_on.pop("dtype torch.int64") == 1
         assert calls == []
+        with pytest.raises(IndexError):
+            F.cross_entropy(logits, target + 5)
+        calls.clear()
         assert (patch.computed, patch.passed_on.total()) == (0, 0)
         F.cross_entropy(logits, target)
         with FlopCounterMode(display=False):
@@ -87,9 +91,9 @@ def test_compiled_calls_are_routed_and_count_when_they_run(calls):
             assert patch.computed == 2 * k
         compiled(x).backward()
         assert patch.passed_on.total() == 0
-    assert "4 calls" not in repr(patch)
     torch.testing.assert_close(compiled(x), expected)  # compiled again, for PyTorch's own functions
     assert patch.computed == 8
+    assert "8 calls computed here, 0 passed on" in repr(patch)
     torch._dynamo.reset()
 
 
@@ -142,3 +146,54 @@ def test_patched_functions_pass_positional_and_legacy_arguments(calls):
             F.cross_entropy(input=logits, target=target, ignore_index=1, reduction="sum", label_smoothing=0.1), expected
         )
     assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_class_finds_its_own_implementation():
+    implementations = {F.cross_entropy: lambda *arguments, **options: "mine"}
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), options=None):
+            if function in implementations:
+                return implementations[function](*arguments, **(options or {}))
+            return super().__torch_function__(function, types, arguments, options or {})
+
+    logits, target = torch.randn(2, 3).as_subclass(Own), torch.tensor([0, 1])
+    with ours.patch() as patch:
+        assert torch.nn.CrossEntropyLoss()(logits, target) == "mine"
+        assert patch.computed == 0
+        assert isinstance(F.nll_loss(logits, target), Own)
+        assert patch.computed == 1
+
+
+def test_what_fx_traces_is_pytorchs_function_and_computes_either_way():
+    class Step(torch.nn.Module):
+        def forward(self, logits, target):
+            return F.cross_entropy(logits, target)
+
+    theirs, (logits, target) = F.cross_entropy, (torch.randn(2, 3), torch.tensor([0, 1]))
+    expected = F.cross_entropy(logits, target)
+    with ours.patch() as patch:
+        traced = torch.fx.symbolic_trace(Step())
+        assert any(node.target == theirs for node in traced.graph.nodes)
+        torch.testing.assert_close(traced(logits, target), expected)
+        copied = pickle.loads(pickle.dumps(traced))
+        torch.testing.assert_close(copied(logits, target), expected)
+        assert patch.computed == 2
+    assert torch.equal(traced(logits, target), expected)
+    assert torch.equal(copied(logits, target), expected)
+    assert patch.computed == 2
+
+
+def test_each_call_counts_once_however_often_it_is_wrapped(monkeypatch):
+    logits, target = torch.randn(2, 3), torch.tensor([0, 1])
+    with ours.patch() as first:
+        patched = F.cross_entropy
+        monkeypatch.setattr(F, "cross_entropy", lambda *arguments, **options: patched(*arguments, **options))
+        with ours.patch() as second:
+            F.cross_entropy(logits.to("meta"), target.to("meta"))
+            F.cross_entropy(logits, target)
+        assert (second.computed, second.passed_on.total()) == (first.computed, first.passed_on.total()) == (1, 1)
+    monkeypatch.undo()
+    ours.unpatch()

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import itertools
+import pickle
 
 import pytest
 
@@ -97,11 +98,16 @@ def test_transformed(loss, transform):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("loss", ["cross_entropy", "nll_loss", "linear_cross_entropy"])
-def test_compiled_and_transformed(loss, transform):
-    found, expected = (
-        torch.compile(lambda x, f=function: TRANSFORMS[transform](f, x), backend="aot_eager")(numbers(ROWS, WIDTH))
-        for function in LOSSES[loss]
-    )
+@pytest.mark.parametrize("inside", [True, False], ids=["compiled transform", "transform of the compiled"])
+def test_compiled_and_transformed(loss, transform, inside):
+    ours_alone, theirs = LOSSES[loss]
+    expected = TRANSFORMS[transform](theirs, numbers(ROWS, WIDTH))
+    if inside:
+        found = torch.compile(lambda x: TRANSFORMS[transform](ours_alone, x), backend="aot_eager", fullgraph=True)(
+            numbers(ROWS, WIDTH)
+        )
+    else:
+        found = TRANSFORMS[transform](torch.compile(ours_alone, backend="aot_eager"), numbers(ROWS, WIDTH))
     torch._dynamo.reset()
     torch.testing.assert_close(found, expected)
 
@@ -281,6 +287,21 @@ def test_tensors_that_require_grad_are_refused_where_a_number_is_taken():
         if name not in ("logit_scale", "softcap"):
             with pytest.raises(RuntimeError, match=f"derivative for '{name}'"):
                 ours.cross_entropy(hidden @ LAYER.T, TARGET, **{name: value.clone().requires_grad_()})
+        if name in ("normalizer", "weight", "sample_weight"):
+            with pytest.raises(RuntimeError, match=f"derivative for '{name}'"):
+                ours.nll_loss(hidden @ LAYER.T, TARGET, **{name: value.clone().requires_grad_()})
+
+
+@pytest.mark.spec("S25")
+def test_compiled_calls_name_the_position_of_a_bad_label():
+    target = torch.tensor([[0, 1, 2], [3, 9, 1]])
+    compiled = torch.compile(ours.cross_entropy, backend="aot_eager", fullgraph=True)
+    with pytest.raises(IndexError, match=r"Target 9 is out of bounds. \(target\[1, 1\]"):
+        compiled(torch.zeros(2, 5, 3), target)
+    compiled = torch.compile(ours.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    with pytest.raises(IndexError, match=r"target\[1, 1\]"):
+        compiled(torch.zeros(2, 3, WIDTH), torch.zeros(5, WIDTH), target, shift=True)
+    torch._dynamo.reset()
 
 
 def test_autocast_leaves_float64_alone():
@@ -307,5 +328,16 @@ def test_modules_survive_copies():
     criterion = ours.CrossEntropyLoss()
     criterion.z_loss, criterion.reduction = 0.1, "sum"
     x = numbers(ROWS, CLASSES)
-    assert repr(criterion) == "CrossEntropyLoss(z_loss=0.1)"
-    assert copy.deepcopy(criterion)(x, TARGET) == criterion(x, TARGET)
+    assert repr(criterion) == "CrossEntropyLoss(reduction='sum', z_loss=0.1)"
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert repr(copied) == repr(criterion)
+        assert copied(x, TARGET) == criterion(x, TARGET)
+    linear = ours.LinearCrossEntropyLoss(WIDTH, CLASSES, softcap=30.0, dtype=torch.float64)
+    linear.z_loss = 0.1
+    assert "z_loss=0.1, softcap=30.0" in repr(linear)
+    assert list(linear.state_dict()) == list(torch.nn.LinearCrossEntropyLoss(WIDTH, CLASSES).state_dict())
+    for copied in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert repr(copied) == repr(linear)
+        assert copied(numbers(ROWS, WIDTH), TARGET) == linear(numbers(ROWS, WIDTH), TARGET)
+    del criterion.__dict__["z_loss"]  # as pickled before there was such an option
+    assert criterion(x, TARGET) == ours.cross_entropy(x, TARGET, reduction="sum")

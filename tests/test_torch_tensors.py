@@ -13,6 +13,8 @@ from pyx_xent import _memory, _threads
 torch = pytest.importorskip("torch")
 from helpers_torch import F, ours  # noqa: E402
 
+from pyx_xent.torch import _calls, _linear_products, _tensors  # noqa: E402
+
 
 def test_inplace_backward(generator):
     target = torch.randint(50, (8,), generator=generator)
@@ -156,3 +158,57 @@ def test_many_threads_at_once(generator):
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_memory_that_another_process_shares_is_not_used_again():
+    logits, target = torch.randn(400, 700, requires_grad=True), torch.zeros(400, dtype=torch.int64)
+    ours.cross_entropy(logits, target).backward()
+    shared = logits.grad.share_memory_()
+    before, address = shared.clone(), shared.data_ptr()
+    logits.grad = None
+    del shared
+    for _ in range(3):
+        (ours.cross_entropy(logits, target) * 9).backward()
+        assert not logits.grad.is_shared()
+        assert logits.grad.data_ptr() != address
+        logits.grad = None
+    assert before.isfinite().all()
+
+
+def test_whoever_interrupts_the_memory_of_gradients_does_without_it():
+    """As the handler of a signal does, or a finalizer: it must not wait for what it has interrupted."""
+    logits, target = torch.randn(400, 700, requires_grad=True), torch.zeros(400, dtype=torch.int64)
+    expected = torch.autograd.grad(ours.cross_entropy(logits, target), logits)[0]
+    with _tensors._lock:
+        ours.reuse_gradients(512 << 20)
+        assert torch.equal(torch.autograd.grad(ours.cross_entropy(logits, target), logits)[0], expected)
+
+
+def test_memory_of_several_gradients_of_changing_lengths_is_used_again():
+    """Auxiliary heads: two gradients live at once; sequences: from step to step they have other lengths."""
+    target, seen = torch.zeros(500, dtype=torch.int64), []
+    for step in range(12):
+        rows = 400 + 7 * (step % 4)
+        heads = [torch.randn(rows, 700, requires_grad=True) for _ in range(2)]
+        sum(ours.cross_entropy(x, target[:rows]) for x in heads).backward()
+        seen.append({x.grad.untyped_storage().data_ptr() for x in heads})
+        assert len(seen[-1]) == 2
+    assert set().union(*seen[4:]) <= set().union(*seen[:4])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "linear_cross_entropy"])
+def test_backward_computes_nothing_from_the_second_step_with_a_factor_on(loss, monkeypatch):
+    layer, target, computed = torch.randn(5, 3), torch.tensor([0, 1, 2, 3]), []
+    for space, name in ((_calls, "gradient"), (_linear_products, "with_gradients")):
+        function = getattr(space, name)
+        monkeypatch.setattr(space, name, lambda *given, f=function: (computed.append(1), f(*given))[1])
+    for factor, expected in ((1.0, 0), (0.25, 1), (0.25, 0), (0.25, 0), (3.0, 1), (3.0, 0)):
+        if loss == "linear_cross_entropy":
+            x = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_()
+            result = ours.linear_cross_entropy(x, layer, target)
+        else:
+            x = torch.linspace(-1, 1, 20).view(4, 5).requires_grad_()
+            result = ours.cross_entropy(x, target)
+        computed.clear()
+        (result * factor).backward()
+        assert len(computed) == expected

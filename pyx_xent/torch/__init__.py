@@ -5,19 +5,20 @@ modules.py      CrossEntropyLoss, NLLLoss, LinearCrossEntropyLoss
 patching.py     patch(): torch.nn.functional's, for models that call them
   │
   ├── _loss.py, _linear.py ── _routes.py    which way a call goes
-  │     ├── _eager.py                           plain CPU tensors: the gradient is made together with the loss
+  │     ├── _eager.py, _linear_eager.py         plain CPU tensors: gradients are made together with the loss
   │     │     └── _habits.py                      for the upstream gradient that is expected
   │     ├── _operators.py, _linear_operators.py torch.ops.pyx_xent.*: torch.compile, dispatch modes
   │     │     └── _derivatives.py                 what is differentiated twice
   │     ├── _linear_logits.py                   a linear layer's loss by way of logits
   │     └── _pytorch.py                         PyTorch's own functions, for what neither can do
   │
+  ├── _arguments.py                         what arguments have to be, before a way is chosen
   ├── _calls.py, _linear_products.py        one call of the kernels
   │     ├── _tensors.py                       tensors as arrays; memory of gradients
   │     └── _options.py                       what a loss reads and is asked for
   └── _private.py                           what PyTorch does not promise
 
-Memory is shared with the tensors, never copied.
+Logits are read, and gradients written, in the tensors' own memory.
 """
 
 try:

@@ -9,7 +9,6 @@ from .. import _call
 from ._options import Options, Tensors
 from ._tensors import FLOATS, HALVES, array_of, gradient_like
 
-_SERIAL = 1 << 16  # elements: smaller calls have one thread anyway
 _NUMPYS = {None: None, torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -53,14 +52,10 @@ def _arguments(tensors, options):
     return array_of(tensors.input), array_of(tensors.target), converted_options(tensors, options)
 
 
-def _threads(input):
-    return None if input.numel() < _SERIAL else torch.get_num_threads()
-
-
 def with_loss(tensors, options):
     """The call that has the loss."""
     entry = _call.nll if options.log_probs else _call.cross_entropy
-    call = entry(*_arguments(tensors, options), None, _threads(tensors.input))
+    call = entry(*_arguments(tensors, options), None, torch.get_num_threads())
     call.run()
     return call
 
@@ -69,7 +64,7 @@ def with_state(tensors, options):
     """The call that has the loss, and what `gradient` takes: an array, (2, rows) float64. None of log-probabilities."""
     if options.log_probs:
         return with_loss(tensors, options), None
-    call = _call.cross_entropy_with_state(*_arguments(tensors, options), _threads(tensors.input))
+    call = _call.cross_entropy_with_state(*_arguments(tensors, options), torch.get_num_threads())
     call.run()
     return call, call.row_state()
 
@@ -77,7 +72,7 @@ def with_state(tensors, options):
 def with_gradient(tensors, options, upstream, out):
     """The call that has the loss; the gradient, for an upstream number or array, goes into the tensor `out`."""
     entry = _call.nll_with_grad if options.log_probs else _call.cross_entropy_with_grad
-    call = entry(*_arguments(tensors, options), None, _threads(tensors.input), upstream, array_of(out))
+    call = entry(*_arguments(tensors, options), None, torch.get_num_threads(), upstream, array_of(out))
     call.run()
     call.gradient()
     return call
@@ -94,7 +89,7 @@ def gradient(grad_output, tensors, state, options, out=None):
         with_gradient(tensors, options, upstream_of(grad_output), out)
         return out
     call = _call.cross_entropy_gradient(
-        *_arguments(tensors, options), state, _threads(tensors.input), upstream_of(grad_output), array_of(out)
+        *_arguments(tensors, options), state, torch.get_num_threads(), upstream_of(grad_output), array_of(out)
     )
     call.run()
     call.gradient()
@@ -102,7 +97,7 @@ def gradient(grad_output, tensors, state, options, out=None):
 
 
 def dtype_of_loss(tensors, options):
-    """SPEC S11, S40; under autocast float32, as PyTorch's loss is."""
+    """SPEC S11, S40; of half types, under autocast, float32, as PyTorch's loss is."""
     input, target, weight = tensors.input, tensors.target, tensors.weight
     if options.loss_dtype is not None:
         return options.loss_dtype

@@ -21,10 +21,15 @@ def _of_classes(numbers, input, axis):
 
 
 def _sample_weights(tensors, rows, dtype):
-    # of the shape `rows`, or one number for all
+    """Of the shape `rows`."""
     if tensors.sample_weight is None:
-        return tensors.input.new_ones((), dtype=dtype)
+        return tensors.input.new_ones((), dtype=dtype).expand(rows)
     return tensors.sample_weight.to(dtype).reshape(rows)
+
+
+def _factors(grad_output, s, divisor):
+    """The upstream gradient of each row's loss, as its gradients are multiplied with it."""
+    return grad_output.to(s.dtype) * s / divisor
 
 
 def _divisor(tensors, options, s, live=None, w_y=None):
@@ -37,12 +42,14 @@ def _divisor(tensors, options, s, live=None, w_y=None):
         axis = class_axis(tensors.input)
         if tensors.sample_weight is None:
             return tensors.input.numel() / tensors.input.shape[axis]
-        divisor = s.sum()
+        divisor, live = s.sum(), s != 0
     elif tensors.weight is None and tensors.sample_weight is None:
         divisor = live.sum()
     else:
         divisor = (w_y * s).sum()
-    return torch.where(divisor == 0, torch.inf, divisor)  # rows that do not count have gradients of 0: SPEC S26, S28
+    if options.empty != "nan":
+        divisor = torch.where(divisor == 0, torch.inf, divisor)
+    return torch.where(live.any(), divisor, torch.inf)  # where no row counts, all gradients are 0: SPEC S26, S28
 
 
 def derivatives_of_gradient(grad_output, tensors, options, cotangent):
@@ -54,9 +61,11 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
     smoothing, z = options.label_smoothing, options.z_loss
     axis, soft = class_axis(input), is_soft(tensors, options)
     classes = input.shape[axis]
+    if classes == 0:
+        return torch.zeros_like(grad_output), torch.zeros_like(input), torch.zeros_like(target) if soft else None
     dtype = torch.float32 if input.dtype in HALVES else input.dtype
     dtype = torch.promote_types(dtype, target.dtype) if soft else dtype
-    x, v, g = input.to(dtype), cotangent.to(dtype), grad_output.to(dtype)
+    x, v = input.to(dtype), cotangent.to(dtype)
     rows = v.sum(axis).shape
     s = _sample_weights(tensors, rows, dtype)
     w = x.new_ones(classes) if weight is None else weight.to(dtype)
@@ -75,23 +84,22 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
         mass = (1 - smoothing) * w_y + smoothing / classes * w.sum()
         own_v = (1 - smoothing) * w_y * v_y + smoothing / classes * (of_class * v).sum(axis)
     divisor = _divisor(tensors, options, s, live, w_y)
-    h = g * s / divisor
+    h = _factors(grad_output, s, divisor)
     of_input, of_row = torch.zeros_like(input), -own_v
     if not options.log_probs:
-        x = torch.where(live.unsqueeze(axis) if live.dim() else live, x, 0)
+        x = torch.where(live.unsqueeze(axis), x, 0)
         p = x.softmax(axis)
         p_v = (p * v).sum(axis)
         mass = mass + 2 * z * x.logsumexp(axis) if z else mass
         of_row = mass * p_v - own_v
         a = torch.where(live, h, 0)
         of_input = (mass.unsqueeze(axis) * (v - p_v.unsqueeze(axis)) + 2 * z * p_v.unsqueeze(axis)) * p
-        of_input = (of_input * (a.unsqueeze(axis) if a.dim() else a)).to(input.dtype)
+        of_input = (of_input * a.unsqueeze(axis)).to(input.dtype)
     of_row = torch.where(live, of_row * s, 0) / divisor
     of_grad_output = (of_row if options.reduction == "none" else of_row.sum()).to(grad_output.dtype)
     of_target = None
     if soft:
-        h = h.unsqueeze(axis) if h.dim() else h
-        of_target = ((1 - smoothing) * h * of_class * (p_v.unsqueeze(axis) - v)).to(target.dtype)
+        of_target = ((1 - smoothing) * h.unsqueeze(axis) * of_class * (p_v.unsqueeze(axis) - v)).to(target.dtype)
     return of_grad_output, of_input, of_target
 
 
@@ -99,13 +107,15 @@ def gradient_of_target(grad_output, tensors, options):
     """SPEC S31, of class probabilities: (1-ε) g s w_c (-ℓ_c). Seldom asked for."""
     input, target, weight = tensors.input, tensors.target, tensors.weight
     axis = class_axis(input)
+    if input.shape[axis] == 0:
+        return torch.zeros_like(target)
     dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), torch.float32)
     log_p = input.to(dtype).log_softmax(axis)
     s = _sample_weights(tensors, log_p.sum(axis).shape, dtype)
     if tensors.sample_weight is not None:
-        log_p = torch.where((s != 0).unsqueeze(axis) if s.dim() else s != 0, log_p, 0)
-    g = grad_output.to(dtype) * s / _divisor(tensors, options, s)
-    gradient = -(1 - options.label_smoothing) * (g.unsqueeze(axis) if g.dim() else g) * log_p
+        log_p = torch.where((s != 0).unsqueeze(axis), log_p, 0)
+    h = _factors(grad_output, s, _divisor(tensors, options, s))
+    gradient = -(1 - options.label_smoothing) * h.unsqueeze(axis) * log_p
     if weight is not None:
         gradient = gradient * _of_classes(weight.to(dtype), input, axis)
     return gradient.to(target.dtype)

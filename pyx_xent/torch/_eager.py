@@ -20,7 +20,9 @@ class _Made:
         self.gradient = []  # or, for the expected upstream gradient, [it], until it is given away
         self.expectation = self.state = factor = None
         if options.reduction != "none" and not inplace and tensors.input.requires_grad:
-            self.expectation = Expectation(options, tensors.input.dtype, tensors.input.shape[class_axis(tensors.input)])
+            shape = tensors.input.shape
+            classes = shape[class_axis(tensors.input)] if shape else 0
+            self.expectation = Expectation(options, tensors.input.dtype, classes)
             factor = self.expectation.factor
         # Not under hooks: they may give saved tensors away until they are needed; gradients would keep as much memory.
         if factor is not None and not _private.saved_tensors_are_hooked():
@@ -30,18 +32,15 @@ class _Made:
         else:
             call, self.state = _calls.with_state(tensors, options)
         self.loss = _calls.loss_of(call, dtype)
-        target, weight, sample_weight = tensors.beside
-        self.read = ((target, target._version),)
-        if weight is not None or sample_weight is not None:
-            self.read += tuple((tensor, tensor._version) for tensor in (weight, sample_weight) if tensor is not None)
+        self.read = ()  # in forward: (what was read beside the logits, its version) of each
 
     def check_versions(self):
-        """What reading saved tensors would notice of the logits, too, which a gradient that is there does not need."""
+        """RuntimeError if target or weights were changed in place. The logits may be, whose gradient is there."""
         for tensor, version in self.read:
             if tensor._version != version:
                 raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: target or "
-                    f"weight {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}"
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: target, "
+                    f"weight or sample_weight {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}"
                 )
 
 
@@ -53,6 +52,8 @@ class _Loss(torch.autograd.Function):
         # probabilities: the target if it requires grad, else None
         ctx.made = made
         ctx.save_for_backward(input, *tensors.beside)
+        read = [tensor for tensor in tensors.beside if tensor is not None and not tensor.is_inference()]
+        made.read = tuple((tensor, tensor._version) for tensor in read)
         loss, made.loss = made.loss, None
         return loss
 
@@ -60,7 +61,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_output):
         made = ctx.made
         needed = ctx.needs_input_grad
-        if _private.is_batched(grad_output):
+        if _private.is_transformed_upstream(grad_output):
             tensors = Tensors(*ctx.saved_tensors, made.normalizer)
             return *_pytorch.gradients(grad_output, tensors, made.options, needed), None, None
         if torch.is_grad_enabled():

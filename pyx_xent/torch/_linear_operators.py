@@ -26,7 +26,7 @@ def _given(gradients, input):
     return tuple(input.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _loss_op(*arguments):
+def _compute_loss(*arguments):
     """(loss, gradients for an upstream gradient of 1, empty where not needed)"""
     tensors, options, needed = _split(arguments)
     tensors = with_number(tensors)
@@ -39,7 +39,7 @@ def _loss_op(*arguments):
     return result, *_given(found, tensors.input)
 
 
-def _gradients_op(grad_output, *arguments):
+def _compute_gradients(grad_output, *arguments):
     tensors, options, needed = _split(arguments)
     upstream = _calls.upstream_of(grad_output)
     found = _linear_products.with_gradients(with_number(tensors), options, upstream, needed)[1]
@@ -47,11 +47,11 @@ def _gradients_op(grad_output, *arguments):
 
 
 _loss_op = torch.library.custom_op(
-    "pyx_xent::linear_cross_entropy", _loss_op, mutates_args=(), device_types="cpu",
+    "pyx_xent::linear_cross_entropy", _compute_loss, mutates_args=(), device_types="cpu",
     schema=f"({LINEAR_TENSORS}, {LINEAR_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _gradients_op = torch.library.custom_op(
-    "pyx_xent::linear_cross_entropy_backward", _gradients_op, mutates_args=(), device_types="cpu",
+    "pyx_xent::linear_cross_entropy_backward", _compute_gradients, mutates_args=(), device_types="cpu",
     schema=f"(Tensor grad_output, {LINEAR_TENSORS}, {LINEAR_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
@@ -99,7 +99,7 @@ def _loss_backward(ctx, grad_output, *_):
     else:
         found = _gradients_op(grad_output, *tensors, *ctx.options.loss, *ctx.options[1:], needed)
         found = [gradient if is_needed else None for gradient, is_needed in zip(found, needed, strict=True)]
-    return found[0], found[1], None, found[2], *[None] * (_TENSORS - 4 + _OF_LOSS + len(LinearOptions._fields))
+    return found[0], found[1], None, found[2], *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 _loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)

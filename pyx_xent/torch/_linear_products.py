@@ -74,12 +74,14 @@ def problem_of(tensors, options, upstream=None):
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def with_loss(tensors, options):
     """The call that has the loss."""
     return linear.run(problem_of(tensors, options))
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def with_gradients(tensors, options, upstream, needed):
     """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
     problem = problem_of(tensors, options, upstream)

@@ -1,5 +1,7 @@
 """The loss through PyTorch's dispatcher: torch.ops.pyx_xent.cross_entropy, for torch.compile and second derivatives."""
 
+import math
+
 import torch
 
 from . import _calls
@@ -25,7 +27,7 @@ def loss(tensors, options):
     return _loss_op(*with_tensor(tensors), *options)[0]
 
 
-def _loss_op(*arguments):
+def _compute_loss(*arguments):
     tensors, options = _split(arguments)
     call, state = _calls.with_state(with_number(tensors), options)
     result = _calls.loss_of(call, _calls.dtype_of_loss(tensors, options))
@@ -35,18 +37,18 @@ def _loss_op(*arguments):
     return result, torch.from_numpy(state)
 
 
-def _gradient_op(grad_output, state, *arguments):
+def _compute_gradient(grad_output, state, *arguments):
     tensors, options = _split(arguments)
     state = None if options.log_probs or state is None else state.numpy()
     return _calls.gradient(grad_output, with_number(tensors), state, options)
 
 
 _loss_op = torch.library.custom_op(
-    "pyx_xent::cross_entropy", _loss_op, mutates_args=(), device_types="cpu",
+    "pyx_xent::cross_entropy", _compute_loss, mutates_args=(), device_types="cpu",
     schema=f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 _gradient_op = torch.library.custom_op(
-    "pyx_xent::cross_entropy_backward", _gradient_op, mutates_args=(), device_types="cpu",
+    "pyx_xent::cross_entropy_backward", _compute_gradient, mutates_args=(), device_types="cpu",
     schema=f"(Tensor grad_output, Tensor? state, {TENSORS}, {OPTIONS}) -> Tensor",
 )  # fmt: skip
 
@@ -60,10 +62,7 @@ def _(*arguments):
     loss = input.new_empty(rows if options.reduction == "none" else (), dtype=_calls.dtype_of_loss(tensors, options))
     if options.log_probs:
         return loss, input.new_empty(0, dtype=torch.float64)
-    count = 1
-    for size in rows:
-        count = count * size
-    return loss, input.new_empty((2, count), dtype=torch.float64)
+    return loss, input.new_empty((2, math.prod(rows)), dtype=torch.float64)
 
 
 @_gradient_op.register_fake
@@ -88,7 +87,7 @@ def _loss_setup(ctx, inputs, output):
 def _loss_backward(ctx, grad_output, _):
     *tensors, state = ctx.saved_tensors
     found = differentiable_gradients(grad_output, state, Tensors(*tensors), ctx.options, ctx.needs_input_grad)
-    return *found, *[None] * (_COUNT - 2 + len(ctx.options))
+    return *found, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _gradient_setup(ctx, inputs, output):
@@ -100,7 +99,7 @@ def _gradient_setup(ctx, inputs, output):
 def _gradient_backward(ctx, cotangent):
     grad_output, *tensors = ctx.saved_tensors
     of_grad_output, of_input, of_target = derivatives_of_gradient(grad_output, Tensors(*tensors), ctx.options, cotangent)
-    return of_grad_output, None, of_input, of_target, *[None] * (_COUNT - 2 + len(ctx.options))
+    return of_grad_output, None, of_input, of_target, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 _loss_op.register_autograd(_loss_backward, setup_context=_loss_setup)

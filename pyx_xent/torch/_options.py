@@ -17,12 +17,12 @@ class Tensors(NamedTuple):
 
     @property
     def beside(self):
-        """What is read beside the logits."""
+        """Tensors that are read beside the logits."""
         return self.target, self.weight, self.sample_weight
 
 
 class Options(NamedTuple):
-    """What it is asked for besides."""
+    """Options of a loss."""
 
     reduction: str = "mean"
     ignore_index: int = -100
@@ -56,7 +56,7 @@ class LinearTensors(NamedTuple):
 
 
 class LinearOptions(NamedTuple):
-    """What they are asked for besides."""
+    """Options of a linear layer and its loss."""
 
     loss: Options
     logit_scale: float = 1.0
@@ -86,7 +86,7 @@ def with_tensor(tensors):
     return tensors._replace(normalizer=torch.tensor(tensors.normalizer, dtype=torch.float64, device="cpu"))
 
 
-# The same as schemas of operators. A dtype is a number there, as torch.library has it.
+# The same as schemas of operators.
 TENSORS = "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
 OPTIONS = (
     "str reduction, int ignore_index, float label_smoothing, float z_loss, str empty, ScalarType? loss_dtype, bool log_probs"

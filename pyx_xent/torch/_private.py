@@ -50,9 +50,13 @@ def is_anything_at_work():
     )  # fmt: skip
 
 
-def is_batched(tensor):
-    """Whether a tensor is a batch of torch.vmap, or of torch.autograd.grad(is_grads_batched=True), which has another kind."""
-    return _batches.is_functorch_wrapped_tensor(tensor) or _batches.is_legacy_batchedtensor(tensor)
+def is_transformed_upstream(grad_output):
+    """Whether backward is given what torch.func or forward-mode derivatives are at work on.
+
+    It may be a batch of torch.vmap, or of torch.autograd.grad(is_grads_batched=True), which has another kind; or a dual number.
+    """
+    is_batch = _batches.is_functorch_wrapped_tensor(grad_output) or _batches.is_legacy_batchedtensor(grad_output)
+    return is_batch or is_transformed()
 
 
 def saved_tensors_are_hooked():

@@ -15,7 +15,8 @@ def loss(tensors, options):
         if value is not default and value != default:
             raise RuntimeError(
                 f"{argument} needs ordinary CPU tensors, eager or compiled: under torch.func, forward-mode derivatives, "
-                "tracing and export, and on other devices, PyTorch's own loss is computed, which does not have it"
+                "tracing and export, for batches of upstream gradients and on other devices, PyTorch's own loss is computed, "
+                "which does not have it"
             )
     numbers = {"ignore_index": options.ignore_index, "reduction": options.reduction}
     if options.log_probs:

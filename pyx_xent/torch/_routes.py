@@ -25,7 +25,7 @@ def _is_memory(tensor):
 
 
 def is_plain(input, target, weight, sample_weight, normalizer):
-    """Whether the way is EAGER, and no weight requires grad, seen soon. If not, check, and ask way_of."""
+    """A short test for most calls: is the way EAGER, and does no weight require grad? If it says no, check, and ask way_of."""
     if type(input) not in _PLAIN or type(target) not in _PLAIN or _private.is_anything_at_work():
         return False
     for tensor in (weight, sample_weight):
@@ -51,6 +51,24 @@ def way_of(tensors):
     if all(_is_memory(tensor) for tensor in tensors):
         return OPERATOR if _private.is_watched() else EAGER
     return OPERATOR if all(_is_memory(tensor) or _private.is_fake(tensor) for tensor in tensors) else PYTORCH
+
+
+def reason_of(tensors):
+    """Why the way is PYTORCH."""
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return f"device {tensor.device.type}"
+    if _private.is_transformed():
+        return "torch.func or forward-mode derivatives"
+    for tensor in tensors:
+        if tensor.layout is not torch.strided:
+            return f"layout {tensor.layout}"
+    if _private.is_traced():
+        return "torch.jit.trace"
+    if torch.compiler.is_compiling():
+        return "torch.export"
+    return f"tensor class {next(type(tensor).__name__ for tensor in tensors if not _is_memory(tensor))}"
 
 
 def _check_devices(tensors):

@@ -96,36 +96,55 @@ def _empty(dtype, shape, strides):
         _private.holders_of(tensor)  # the first storage object stays
         memory = _Memory(tensor, _private.holders_of(tensor))
     gradient = torch.empty(0, dtype=dtype, device="cpu").set_(memory.tensor.untyped_storage(), 0, shape, strides)
-    with _lock:
-        _memories.append(memory)
+    _remember(memory)
     trim()
     return gradient
 
 
+# Whoever does not get the lock does without it: the code below may be interrupted by a signal's handler or a finalizer that
+# comes here again.
+
+
+def _remember(memory):
+    if _lock.acquire(blocking=False):
+        try:
+            _memories.append(memory)
+        finally:
+            _lock.release()
+
+
 def _unused(size):
-    with _lock:
+    if not _lock.acquire(blocking=False):
+        return None
+    try:
         for k in range(len(_memories) - 1, -1, -1):
             tensor = _memories[k].tensor
             if size <= tensor.numel() <= size + size // 4 and _memories[k].is_idle() and _is_whole(tensor):
                 return _memories.pop(k)
+    finally:
+        _lock.release()
     return None
 
 
 def _is_whole(tensor):
-    """Whether whoever had the gradient left its memory as it was."""
+    """Whether whoever had the gradient left its memory as it was: not resized, nor shared with another process."""
     storage = tensor.untyped_storage()
-    return storage.nbytes() == tensor.numel() and storage.resizable()
+    return storage.nbytes() == tensor.numel() and storage.resizable() and not storage.is_shared()
 
 
 def trim():
     """Forget what is over the budget of reuse_gradients, the oldest first, and what others have changed."""
-    with _lock:
+    if not _lock.acquire(blocking=False):
+        return
+    try:
         rest, idle = _memory.budget_bytes() - _memory.kept_bytes(), 0
         for k in range(len(_memories) - 1, -1, -1):
             if _memories[k].is_idle():
                 idle += _memories[k].tensor.numel()
             if idle > rest or len(_memories) - k > _MOST_MEMORIES or not _is_whole(_memories[k].tensor):
                 del _memories[k]
+    finally:
+        _lock.release()
 
 
 def _forget_after_fork():

@@ -54,7 +54,7 @@ def cross_entropy(
     Returns
     -------
     Tensor
-        Shape and dtype as PyTorch gives them, or of `loss_dtype`; under autocast float32.
+        Shape and dtype as PyTorch gives them, or of `loss_dtype`; of half types, under autocast, float32.
 
     Raises
     ------
@@ -190,7 +190,7 @@ def linear_cross_entropy(
     Returns
     -------
     Tensor
-        Shape and dtype as PyTorch gives them; under autocast float32.
+        Shape and dtype as PyTorch gives them, or of `loss_dtype`; of half types, under autocast, float32.
 
     Raises
     ------

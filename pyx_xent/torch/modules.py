@@ -1,35 +1,48 @@
 """The public modules: torch.nn's, with their arguments, buffers, parameters and state_dict."""
 
+from typing import ClassVar
+
 import torch
 
 from . import functional
-from ._options import OURS_ALONE
-
-# Of the constructors; sample_weight and normalizer belong to each call.
-_OURS_ALONE = {name: OURS_ALONE[name] for name in ("z_loss", "empty", "loss_dtype")} | {"inplace_backward": False}
+from ._options import LinearOptions, Options
 
 
-class _Scriptable:
-    """What torch.jit.script gets in the place of one of these modules, of which PyTorch's compiler understands nothing."""
+class _Criterion:
+    """What the modules have in common beside PyTorch's."""
 
-    _theirs = None  # PyTorch's module, a class
+    _defaults: ClassVar[dict] = {}  # of the options that PyTorch's module does not have
+    _shown = ()  # of those that it has and does not show
 
-    def __prepare_scriptable__(self):
-        for name, default in _OURS_ALONE.items():
-            if getattr(self, name, default) != default:
-                raise RuntimeError(f"torch.jit.script compiles PyTorch's own loss, which has no {name}")
-        module = self._theirs(weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
-        if hasattr(self, "label_smoothing"):
-            module.label_smoothing = self.label_smoothing
-        return module.train(self.training)
+    def __getattr__(self, name):
+        # A module that was pickled before there was such an option has not got it.
+        return self._defaults[name] if name in self._defaults else super().__getattr__(name)
+
+    def _set(self, **options):
+        for name in self._defaults:
+            setattr(self, name, options[name])
+
+    def _differing(self):
+        return {name: getattr(self, name) for name, default in self._defaults.items() if getattr(self, name) != default}
 
     def extra_repr(self):
-        """What differs from a module of PyTorch's."""
-        told = {name: getattr(self, name, default) for name, default in _OURS_ALONE.items()}
-        return ", ".join(f"{name}={value!r}" for name, value in told.items() if value != _OURS_ALONE[name])
+        """The options that are not what they are by default."""
+        defaults = Options._field_defaults
+        told = {name: getattr(self, name) for name in self._shown if getattr(self, name) != defaults[name]} | self._differing()
+        mine = ", ".join(f"{name}={value!r}" for name, value in told.items())
+        return ", ".join(filter(None, (super().extra_repr(), mine)))
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles instead: PyTorch's module."""
+        for name in self._differing():
+            raise RuntimeError(f"torch.jit.script compiles PyTorch's own loss, which has no {name}")
+        return self._theirs().train(self.training)
 
 
-class CrossEntropyLoss(_Scriptable, torch.nn.CrossEntropyLoss):
+_OURS = ("z_loss", "empty", "loss_dtype")
+
+
+class CrossEntropyLoss(_Criterion, torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` by `cross_entropy`; a subclass, with its arguments, buffers and state_dict.
 
     Under torch.jit.script it is PyTorch's own module.
@@ -43,7 +56,8 @@ class CrossEntropyLoss(_Scriptable, torch.nn.CrossEntropyLoss):
     tensor(0.3913)
     """
 
-    _theirs = torch.nn.CrossEntropyLoss
+    _defaults: ClassVar[dict] = {name: Options._field_defaults[name] for name in _OURS} | {"inplace_backward": False}
+    _shown = ("reduction", "ignore_index", "label_smoothing")
 
     def __init__(
         self,
@@ -60,7 +74,10 @@ class CrossEntropyLoss(_Scriptable, torch.nn.CrossEntropyLoss):
         inplace_backward=False,
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss, self.empty, self.loss_dtype, self.inplace_backward = z_loss, empty, loss_dtype, inplace_backward
+        self._set(z_loss=z_loss, empty=empty, loss_dtype=loss_dtype, inplace_backward=inplace_backward)
+
+    def _theirs(self):
+        return torch.nn.CrossEntropyLoss(self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing)
 
     def forward(self, input, target, *, sample_weight=None, normalizer=None):
         """The loss; see `cross_entropy`."""
@@ -80,7 +97,7 @@ class CrossEntropyLoss(_Scriptable, torch.nn.CrossEntropyLoss):
         )
 
 
-class NLLLoss(_Scriptable, torch.nn.NLLLoss):
+class NLLLoss(_Criterion, torch.nn.NLLLoss):
     """``torch.nn.NLLLoss`` by `nll_loss`; a subclass, with its arguments, buffers and state_dict.
 
     Under torch.jit.script it is PyTorch's own module.
@@ -93,7 +110,8 @@ class NLLLoss(_Scriptable, torch.nn.NLLLoss):
     tensor(0.2877)
     """
 
-    _theirs = torch.nn.NLLLoss
+    _defaults: ClassVar[dict] = {name: Options._field_defaults[name] for name in ("empty", "loss_dtype")}
+    _shown = ("reduction", "ignore_index")
 
     def __init__(
         self,
@@ -107,7 +125,10 @@ class NLLLoss(_Scriptable, torch.nn.NLLLoss):
         loss_dtype=None,
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction)
-        self.empty, self.loss_dtype = empty, loss_dtype
+        self._set(empty=empty, loss_dtype=loss_dtype)
+
+    def _theirs(self):
+        return torch.nn.NLLLoss(self.weight, None, self.ignore_index, None, self.reduction)
 
     def forward(self, input, target, *, sample_weight=None, normalizer=None):
         """The loss; see `nll_loss`."""
@@ -126,7 +147,7 @@ class NLLLoss(_Scriptable, torch.nn.NLLLoss):
 
 if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
 
-    class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
+    class LinearCrossEntropyLoss(_Criterion, torch.nn.LinearCrossEntropyLoss):
         """``torch.nn.LinearCrossEntropyLoss`` by `linear_cross_entropy`; a subclass, with its arguments and state_dict.
 
         Examples
@@ -137,6 +158,8 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
         >>> criterion(torch.zeros(2, 4), torch.tensor([0, 2]))
         tensor(1.0986, grad_fn=<_LinearLossBackward>)
         """
+
+        _defaults: ClassVar[dict] = {name: Options._field_defaults[name] for name in _OURS} | LinearOptions._field_defaults
 
         def __init__(
             self,
@@ -164,8 +187,15 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
                 in_features, num_classes, out_features=out_features, bias=bias, device=device, dtype=dtype, reduction=reduction,
                 weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
             )  # fmt: skip
-            self.z_loss, self.empty, self.loss_dtype = z_loss, empty, loss_dtype
-            self.logit_scale, self.softcap, self.shift, self.chunk_bytes = logit_scale, softcap, shift, chunk_bytes
+            self._set(
+                z_loss=z_loss, empty=empty, loss_dtype=loss_dtype, logit_scale=logit_scale, softcap=softcap, shift=shift,
+                chunk_bytes=chunk_bytes,
+            )  # fmt: skip
+
+        def __prepare_scriptable__(self):
+            raise RuntimeError(
+                "torch.jit.script compiles no linear_cross_entropy: use a linear layer and nn.CrossEntropyLoss, under patch()"
+            )
 
         def forward(self, input, target, *, sample_weight=None, normalizer=None):
             """The loss; see `linear_cross_entropy`."""

@@ -9,81 +9,81 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _operators, _private, functional
-from ._routes import EAGER, PYTORCH, way_of
+from . import _operators, functional
+from ._arguments import loses_gradient
+from ._routes import EAGER, PYTORCH, reason_of, way_of
 from ._tensors import FLOATS
 
 _lock = threading.Lock()
 _patches = []  # those that are active
-_functions = {}  # name: (what torch.nn.functional has now, what it had before)
+_functions = {}  # name: (what torch.nn.functional has now, its _Route)
 
 
-def _reason_against(way, *tensors):
+def _reason_against(way, tensors, weight):
     """Why a call is passed on to the function that was there before; None if it is computed here."""
-    input, weight = tensors[0], tensors[-1]
+    input = tensors[0]
     if not isinstance(input, Tensor):
         return "input is no tensor"
     if input.dtype not in FLOATS:
         return f"dtype {input.dtype}"
     if way is PYTORCH:
-        if not input.is_cpu:
-            return f"device {input.device.type}"
-        return (
-            "torch.func or forward-mode derivatives"
-            if _private.is_transformed()
-            else "tracing, export, layout or a tensor class"
-        )
-    if isinstance(weight, Tensor) and weight.requires_grad:
+        return reason_of(tensors)
+    if loses_gradient(weight):
         return "weight requires grad"
     return None
 
 
 def _count(reason=None):
-    for patch in _patches:
-        if reason is None:
-            patch.computed += 1
-        else:
-            patch.passed_on[reason] += 1
+    with _lock:
+        for patch in _patches:
+            if reason is None:
+                patch.computed += 1
+            else:
+                patch.passed_on[reason] += 1
 
 
-def _route(ours, theirs, tensors, arguments, options):
-    """One call, by ours or theirs; tensors: those that decide, the class weights last."""
-    if not _patches:
-        return theirs(*arguments, **options)
-    way = way_of(tensors)
-    reason = _reason_against(way, *tensors)
-    # An operator counts itself, when it runs: what torch.compile compiles comes here but once.
-    if not torch.compiler.is_compiling() and (way is EAGER or reason is not None):
-        _count(reason)
-    return (ours if reason is None else theirs)(*arguments, **options)
+_LOSS = ("input", "target", "weight")
+_POSITIONAL = {"cross_entropy": _LOSS, "nll_loss": _LOSS, "linear_cross_entropy": ("input", "linear_weight", "target")}
+_DECIDING = ("input", "target", "linear_weight", "linear_bias", "weight")  # who computes
 
 
-def _loss_route(ours, theirs):
-    def call(input, target, weight=None, *arguments, **options):
-        if has_torch_function((input, target, weight)):
-            return handle_torch_function(call, (input, target, weight), input, target, weight, *arguments, **options)
-        return _route(ours, theirs, (input, target, weight), (input, target, weight, *arguments), options)
+class _Route:
+    """What `handle_torch_function` gets in the place of torch.nn.functional's own function, and passes for it.
 
-    def routed(input, target, weight=None, *arguments, **options):
-        return call(input, target, weight, *arguments, **options)
+    A tensor class that has its own implementation of that function finds it; torch.fx traces it, and pickles the trace.
+    """
 
-    return routed
+    def __init__(self, name, ours, theirs):
+        functools.update_wrapper(self, theirs)
+        self.name, self.ours, self.theirs = name, ours, theirs
+        self.outermost = True  # nobody has wrapped it since, and patch() that
 
+    def __eq__(self, other):
+        return other is self or other is self.theirs
 
-def _linear_route(ours, theirs):
-    def call(input, linear_weight, target, *, weight=None, **options):
-        tensors = input, linear_weight, target, weight
+    def __hash__(self):
+        return hash(self.theirs)
+
+    def __reduce__(self):
+        return _now, (self.name,)
+
+    def __call__(self, *arguments, **options):
+        named = dict(zip(_POSITIONAL[self.name], arguments, strict=False)) | options
+        tensors = [named.get(name) for name in _DECIDING]
         if has_torch_function(tensors):
-            return handle_torch_function(call, tensors, input, linear_weight, target, weight=weight, **options)
-        return _route(ours, theirs, tensors, tensors[:3], options | {"weight": weight})
-
-    def routed(input, linear_weight, target, **options):
-        return call(input, linear_weight, target, **options)
-
-    return routed
-
-
-_MAKERS = {"cross_entropy": _loss_route, "nll_loss": _loss_route, "linear_cross_entropy": _linear_route}
+            return handle_torch_function(self, tensors, *arguments, **options)
+        if not _patches or not self.outermost:
+            return self.theirs(*arguments, **options)
+        way = way_of(tensors)
+        reason = _reason_against(way, tensors, named.get("weight"))
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                _count(reason)
+            return self.theirs(*arguments, **options)
+        result = self.ours(*arguments, **options)
+        if way is EAGER:  # an operator counts itself when it runs: what torch.compile compiles comes here but once
+            _count()
+        return result
 
 
 class Patch:
@@ -92,7 +92,7 @@ class Patch:
     Attributes
     ----------
     computed : int
-        Calls computed here since then. Compiled ones count when they run, also those of pyx_xent.torch's own functions.
+        Calls computed here since `patch`. Compiled ones count when they run, also those of pyx_xent.torch's own functions.
     passed_on : Counter
         Calls that went to the functions that were there before, by reason.
     """
@@ -124,22 +124,31 @@ def _now(name):
 
 def _install():
     _operators.watchers[:] = [_count] if _patches else []
-    for name, make in _MAKERS.items():
-        now, (ours, before) = _now(name), _functions.get(name, (None, None))
+    for name in _POSITIONAL:
+        now, (ours, route) = _now(name), _functions.get(name, (None, None))
         if now is None:
             continue
         if _patches and now is not ours:
             # What another library has put there is wrapped, as PyTorch's own function is.
-            routed = make(getattr(functional, name), now)
-            if isinstance(now, types.FunctionType):  # with its globals: torch.jit.script compiles the source of what is wrapped
-                routed = types.FunctionType(
-                    routed.__code__, now.__globals__, now.__name__, routed.__defaults__, routed.__closure__
-                )
-            _functions[name] = functools.wraps(now)(routed), now
+            if route is not None:
+                route.outermost = False
+            route = _Route(name, getattr(functional, name), now)
+            _functions[name] = _function_of(route), route
             setattr(torch.nn.functional, name, _functions[name][0])
         elif not _patches and now is ours:  # if it was wrapped by others meanwhile, it stays, and passes on
-            setattr(torch.nn.functional, name, before)
+            setattr(torch.nn.functional, name, route.theirs)
             del _functions[name]
+
+
+def _function_of(route):
+    def routed(*arguments, **options):
+        return route(*arguments, **options)
+
+    if isinstance(route.theirs, types.FunctionType):  # with its globals: torch.jit.script compiles what is wrapped
+        routed = types.FunctionType(
+            routed.__code__, route.theirs.__globals__, route.theirs.__name__, routed.__defaults__, routed.__closure__
+        )
+    return functools.wraps(route.theirs)(routed)
 
 
 def patch():
@@ -148,8 +157,8 @@ def patch():
     And so the modules and models that call them, eager and under torch.compile. Calls with other devices and dtypes, under
     torch.func, tracing and export go on to the function that was there before: PyTorch's, or another library's. A function
     that was imported by name beforehand (``from torch.nn.functional import cross_entropy``) is not routed. Works until
-    `unpatch`, or to the end of a `with` block; may be called again and from any thread: what was there is back when all
-    patches are taken back.
+    `unpatch`, or to the end of a `with` block; may be called again and from any thread. When all patches are taken back, what
+    was there is back, or passes calls on to it where another library has wrapped it meanwhile.
 
     Returns
     -------
