@@ -127,7 +127,7 @@ def extension(name):
         name,
         [name.replace(".", "/") + ".pyx"],
         include_dirs=[numpy.get_include(), "pyx_xent", "pyx_xent/_kernels"],
-        define_macros=[(macro, "NPY_1_22_API_VERSION") for macro in ("NPY_NO_DEPRECATED_API", "NPY_TARGET_VERSION")],
+        define_macros=[(macro, "NPY_2_0_API_VERSION") for macro in ("NPY_NO_DEPRECATED_API", "NPY_TARGET_VERSION")],
         depends=included(name),
     )
 
