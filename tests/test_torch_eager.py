@@ -169,7 +169,7 @@ def test_a_kept_loss_does_not_keep_logits_or_gradient(generator):
     assert gone() is None
     assert loss.grad_fn is not None
     assert loss.grad_fn.made.gradient == []
-    assert loss.grad_fn.made.read == ()
+    assert not loss.grad_fn.made.read
 
 
 def test_saved_tensor_hooks_and_checkpoints(generator):
