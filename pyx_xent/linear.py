@@ -205,7 +205,7 @@ class Products:
 
     def __init__(self, linear_weight):
         self.linear_weight = linear_weight
-        self.dtype = _computed(linear_weight.dtype)
+        self.dtype = computed_dtype(linear_weight.dtype)
         self.buffer_dtype = self.dtype  # of logits and their gradient
         classes, width = linear_weight.shape
         size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
@@ -250,7 +250,7 @@ class Products:
         return np.ones(len(gradient), gradient.dtype) @ gradient
 
 
-def _computed(dtype):
+def computed_dtype(dtype):
     """The dtype that numbers of `dtype` are computed in."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
@@ -343,7 +343,7 @@ class Problem:
         bias = None if linear_bias is None else _call.floating(linear_bias, "linear_bias")
         given = target = _call.as_array(target, "target")
         grad_output = None if grad_output is None else _call.as_real(grad_output, "grad_output")
-        dtype = _computed(hidden.dtype)
+        dtype = computed_dtype(hidden.dtype)
         self.logit_scale, self.softcap, chunk_bytes = checked_options(dtype, logit_scale, softcap, chunk_bytes)
         num_threads = _threads.checked(num_threads)
         shift = bool(shift)

@@ -1,10 +1,10 @@
 """What arguments have to be, before a way is chosen: tensors, numbers, shapes, nothing whose gradient would be lost."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import linear
+from ._tensors import FLOATS
 
 
 def check_tensors(tensors):
@@ -37,10 +37,10 @@ def number(value, name):
 
 
 def checked_linear(options, dtype):
-    """LinearOptions, its numbers finite in the dtype that multiplies. In compiled code the operator does it."""
+    """LinearOptions for the way by logits, its numbers finite in the dtype that multiplies. Compiled code is not checked."""
     if torch.compiler.is_compiling():
         return options
-    dtype = np.dtype(np.float64 if dtype is torch.float64 else np.float32)
+    dtype = linear.computed_dtype(FLOATS.get(dtype))
     checked = linear.checked_options(dtype, options.logit_scale, options.softcap, options.chunk_bytes)
     return options._replace(**dict(zip(("logit_scale", "softcap", "chunk_bytes"), checked, strict=True)))
 

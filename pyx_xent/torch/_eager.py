@@ -52,9 +52,7 @@ class _Loss(torch.autograd.Function):
         # probabilities: the target if it requires grad, else None
         ctx.made = made
         ctx.save_for_backward(input, *tensors.beside)
-        target, weight, sample_weight = tensors.beside
-        read = (target,) if weight is None and sample_weight is None else (target, weight, sample_weight)
-        made.read = [(t, t._version) for t in read if t is not None and not t.is_inference()]
+        made.read = [(t, t._version) for t in tensors.beside if t is not None and not t.is_inference()]
         loss, made.loss = made.loss, None
         return loss
 

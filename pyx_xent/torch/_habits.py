@@ -36,10 +36,7 @@ class Expectation:
                 _habits.clear()
             habit = _habits[key] = _Habit()
         self._habit = habit
-        place = habit.computed
-        if place == _PLACES:
-            place -= 1
-        self._place = place
+        self._place = place = min(habit.computed, _PLACES - 1)
         habit.computed = place + 1
         self.factor = habit.factors[place] if habit.misses[place] < _MISSES else None
 

@@ -3,7 +3,7 @@
 import torch
 
 from . import _linear_eager, _linear_logits, _linear_operators, _routes
-from ._arguments import refuse_gradient
+from ._arguments import checked_linear, refuse_gradient
 from ._tensors import FLOATS, HALVES
 
 
@@ -33,7 +33,7 @@ def compute(tensors, options):
     alike = linear_weight.dtype is input.dtype and (linear_bias is None or linear_bias.dtype is input.dtype)
     computed = way is _routes.EAGER or (way is _routes.OPERATOR and torch.compiler.is_compiling())  # modes see the products
     if not computed or not alike or linear_weight.dim() > 2 or tensors.target.requires_grad or input.dtype not in FLOATS:
-        return _linear_logits.loss(tensors, options)
+        return _linear_logits.loss(tensors, checked_linear(options, input.dtype))
     needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors.layer]
     if way is _routes.OPERATOR:
         if options.loss.loss_dtype is None and input.dtype in HALVES and torch.is_autocast_enabled("cpu"):

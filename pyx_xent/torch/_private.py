@@ -43,11 +43,8 @@ def is_transformed():
 
 
 def is_anything_at_work():
-    """Whether any of all this is, or torch.compile; in one function, because small losses ask it each time."""
-    return (
-        torch.compiler.is_compiling() or _dispatch_modes() > 0 or _tracing_state() is not None
-        or forward_ad._current_level >= 0 or _transforms_active()
-    )  # fmt: skip
+    """Whether any of all this is, or torch.compile."""
+    return torch.compiler.is_compiling() or is_watched() or is_traced() or is_transformed()
 
 
 def is_transformed_upstream(grad_output):

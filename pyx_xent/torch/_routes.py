@@ -28,13 +28,12 @@ def is_plain(input, target, weight, sample_weight, normalizer):
     """A short test for most calls: is the way EAGER, and does no weight require grad? If it says no, check, and ask way_of."""
     if type(input) not in _PLAIN or type(target) not in _PLAIN or _private.is_anything_at_work():
         return False
-    if weight is not None or sample_weight is not None:
-        for tensor in (weight, sample_weight):
-            if tensor is not None and (type(tensor) not in _PLAIN or tensor.requires_grad or not _is_cpu_strided(tensor)):
-                return False
+    for tensor in (weight, sample_weight):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.requires_grad or not _is_cpu_strided(tensor)):
+            return False
     if normalizer is not None and type(normalizer) is not float:
         return False
-    return input.is_cpu and target.is_cpu and input.layout is target.layout is torch.strided
+    return _is_cpu_strided(input) and _is_cpu_strided(target)
 
 
 def way_of(tensors):

@@ -4,6 +4,7 @@ A tensor's memory is read where it is. Not by Tensor.numpy(), after which its st
 memory of parameters in that way between two uses.
 """
 
+import contextlib
 import math
 import os
 import threading
@@ -101,28 +102,32 @@ def _empty(dtype, shape, strides):
     return gradient
 
 
-# Whoever does not get the lock does without it: the code below may be interrupted by a signal's handler or a finalizer that
-# comes here again.
+@contextlib.contextmanager
+def _to_all():
+    """The memories that nobody else is at, or none: what is done with them may be interrupted by a signal's handler or a
+    finalizer that comes here again, and must not wait for what it has interrupted.
+    """
+    lock = _lock
+    if not lock.acquire(blocking=False):
+        yield []
+        return
+    try:
+        yield _memories
+    finally:
+        lock.release()
 
 
 def _remember(memory):
-    if _lock.acquire(blocking=False):
-        try:
-            _memories.append(memory)
-        finally:
-            _lock.release()
+    with _to_all() as memories:
+        memories.append(memory)
 
 
 def _unused(size):
-    if not _lock.acquire(blocking=False):
-        return None
-    try:
-        for k in range(len(_memories) - 1, -1, -1):
-            tensor = _memories[k].tensor
-            if size <= tensor.numel() <= size + size // 4 and _memories[k].is_idle() and _is_whole(tensor):
-                return _memories.pop(k)
-    finally:
-        _lock.release()
+    with _to_all() as memories:
+        for k in range(len(memories) - 1, -1, -1):
+            tensor = memories[k].tensor
+            if size <= tensor.numel() <= size + size // 4 and memories[k].is_idle() and _is_whole(tensor):
+                return memories.pop(k)
     return None
 
 
@@ -134,17 +139,13 @@ def _is_whole(tensor):
 
 def trim():
     """Forget what is over the budget of reuse_gradients, the oldest first, and what others have changed."""
-    if not _lock.acquire(blocking=False):
-        return
-    try:
+    with _to_all() as memories:
         rest, idle = _memory.budget_bytes() - _memory.kept_bytes(), 0
-        for k in range(len(_memories) - 1, -1, -1):
-            if _memories[k].is_idle():
-                idle += _memories[k].tensor.numel()
-            if idle > rest or len(_memories) - k > _MOST_MEMORIES or not _is_whole(_memories[k].tensor):
-                del _memories[k]
-    finally:
-        _lock.release()
+        for k in range(len(memories) - 1, -1, -1):
+            if memories[k].is_idle():
+                idle += memories[k].tensor.numel()
+            if idle > rest or len(memories) - k > _MOST_MEMORIES or not _is_whole(memories[k].tensor):
+                del memories[k]
 
 
 def _forget_after_fork():

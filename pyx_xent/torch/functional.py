@@ -3,7 +3,7 @@
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _linear, _loss, _private
-from ._arguments import check_linear_shapes, check_tensors, checked_linear, number
+from ._arguments import check_linear_shapes, check_tensors, number
 from ._options import LinearOptions, LinearTensors, Options, Tensors
 
 
@@ -224,5 +224,4 @@ def linear_cross_entropy(
         number(z_loss, "z_loss"), empty, loss_dtype,
     )  # fmt: skip
     scale, softcap = number(logit_scale, "logit_scale"), number(softcap, "softcap")
-    options = checked_linear(LinearOptions(of_loss, scale, softcap, shift, chunk_bytes), input.dtype)
-    return _linear.compute(tensors, options)
+    return _linear.compute(tensors, LinearOptions(of_loss, scale, softcap, shift, chunk_bytes))
