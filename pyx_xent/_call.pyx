@@ -471,9 +471,14 @@ def cross_entropy_gradient(
 
 def rounded_losses(cnp.ndarray losses not None, dtype):
     """Losses in double, (n,), rounded once: dtype float32, float64, float16, or bfloat16_bits, which come as uint16."""
+    cdef Environment environment
     if not is_doubles(losses) or cnp.PyArray_NDIM(losses) != 1:
         raise ValueError(f"losses must be a C-contiguous float64 array (n,), got {losses.dtype}, {(<object>losses).shape}")
-    return rounded(losses, dtype)
+    environment = enter_environment()
+    try:
+        return rounded(losses, dtype)
+    finally:
+        leave_environment(environment, NULL)
 
 
 def nll(log_probs, target, Options options not None, out=None, num_threads=None):

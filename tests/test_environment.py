@@ -10,6 +10,7 @@ import pytest
 from conftest import same_bits
 
 import pyx_xent as px
+from pyx_xent import _call
 from trust.environment import AVAILABLE, MODES, TRAPS, Environment
 
 glibc = pytest.mark.skipif(not AVAILABLE, reason="fenv_t is that of glibc on x86-64 and aarch64")
@@ -52,6 +53,18 @@ def test_no_rounding_mode_and_no_flushing_changes_a_bit(isa, dtype, rng, many_th
             found = list(everything(logits, target, soft, weight, threads))
         for one, other in zip(found, expected, strict=True):
             assert same_bits(one, other)
+
+
+@glibc
+@pytest.mark.spec("S36", "S40")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(np.float32), _call.bfloat16_bits], ids=str)
+def test_losses_are_rounded_alike_in_any_mode(rng, mode, dtype):
+    losses = np.concatenate([rng.exponential(size=200), 10.0 ** rng.uniform(-45, 5, 200)])
+    expected = _call.rounded_losses(losses, dtype)
+    with Environment().under(MODES[mode]):
+        found = _call.rounded_losses(losses, dtype)
+    assert found.tobytes() == expected.tobytes()
 
 
 def python(code, *arguments):

@@ -164,15 +164,14 @@ def test_memory_that_another_process_shares_is_not_used_again():
     logits, target = torch.randn(400, 700, requires_grad=True), torch.zeros(400, dtype=torch.int64)
     ours.cross_entropy(logits, target).backward()
     shared = logits.grad.share_memory_()
-    before, address = shared.clone(), shared.data_ptr()
+    address = shared.data_ptr()
     logits.grad = None
-    del shared
+    del shared  # another process still has it
     for _ in range(3):
         (ours.cross_entropy(logits, target) * 9).backward()
         assert not logits.grad.is_shared()
         assert logits.grad.data_ptr() != address
         logits.grad = None
-    assert before.isfinite().all()
 
 
 def test_whoever_interrupts_the_memory_of_gradients_does_without_it():

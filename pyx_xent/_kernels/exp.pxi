@@ -16,7 +16,9 @@ cdef extern from *:
     #define BIAS (PYX_XENT_DOUBLE ? 1023 : 127)
     #define LOG2_E 1.4426950408889634074
     #define LN2 0.69314718055994530942
-    /* ln2 in exp_in, as two floats: 14 bits, so that n times them is exact, and what is less than that. */
+    /* ln2 in two parts: few bits, so that a whole number times them is exact, and the rest. For doubles 32 bits, for floats 14. */
+    #define LN2_HIGH 0.69314718060195446014
+    #define LN2_LOW -4.2009150726810847e-11
     #define LN2_HIGH_32 0.69317626953125
     #define LN2_LOW_32 (double)-0.000029088971304690583f
     /* Adding it to a number below 2^51 (2^22) rounds that number to an integer, which then stands in the lowest bits. */
@@ -27,6 +29,8 @@ cdef extern from *:
     const int BIAS
     const double LOG2_E
     const double LN2
+    const double LN2_HIGH
+    const double LN2_LOW
     const double LN2_HIGH_32
     const double LN2_LOW_32
     const double ROUNDER_64
@@ -66,10 +70,10 @@ cdef inline Units units_of(vec exponent, real room) noexcept nogil:
 cdef inline doubles exp_of_doubles(doubles x, doubles low, doubles round_by) noexcept nogil:
     cdef doubles t, n, high, r, p, above, lost
     x = d_max(x, low)
-    t = d_fma(x, d_set(1.4426950408889634), round_by)
+    t = d_fma(x, d_set(LOG2_E), round_by)
     n = d_sub(t, round_by)
-    high = d_fma(n, d_set(-0.69314718060195446014), x)         # 32 bits: exact
-    r = d_fma(n, d_set(4.2009150726810847e-11), high)
+    high = d_fma(n, d_set(-LN2_HIGH), x)
+    r = d_fma(n, d_set(-LN2_LOW), high)
     p = d_set(2.4999965343255923e-8)
     p = d_fma(p, r, d_set(2.7630378620805180e-7))
     p = d_fma(p, r, d_set(2.7557587342203818e-6))
@@ -82,7 +86,7 @@ cdef inline doubles exp_of_doubles(doubles x, doubles low, doubles round_by) noe
     p = d_fma(p, r, d_set(0.50000000000000107))
     # 1 + r + r^2 p, with what rounding r and 1 + high would lose
     above = d_add(d_set(1.0), high)
-    lost = d_fma(n, d_set(4.2009150726810847e-11), d_sub(high, d_sub(above, d_set(1.0))))
+    lost = d_fma(n, d_set(-LN2_LOW), d_sub(high, d_sub(above, d_set(1.0))))
     p = d_add(above, d_fma(d_mul(r, r), p, lost))
     return d_mul(p, d_power(t))
 
@@ -93,7 +97,7 @@ cdef inline vec exp_in(Units units, vec x) noexcept nogil:
     if IS_DOUBLE:
         return v_from_doubles(exp_of_doubles(v_to_doubles(x), v_to_doubles(units.low), v_to_doubles(units.round_by)))
     x = v_max(x, units.low)
-    t = v_fma(x, v_set(<real>1.4426950408889634), units.round_by)
+    t = v_fma(x, v_set(<real>LOG2_E), units.round_by)
     n = v_sub(t, units.round_by)
     r = v_fma(n, v_set(<real>-LN2_HIGH_32), x)
     r = v_fma(n, v_set(<real>-LN2_LOW_32), r)
@@ -117,7 +121,7 @@ cdef inline doubles exp_once(doubles x, doubles exponent, double room) noexcept 
     if IS_DOUBLE:
         return exp_of_doubles(x, low, round_by)
     x = d_max(x, low)
-    t = d_fma(x, d_set(1.4426950408889634), round_by)
+    t = d_fma(x, d_set(LOG2_E), round_by)
     # exp_in, too, takes n times this away, so that the others' terms do not differ.
     r = d_fma(d_sub(t, round_by), d_set(-(LN2_HIGH_32 + LN2_LOW_32)), x)
     p = d_set(1.9790243073201050e-4)
@@ -159,9 +163,9 @@ cdef inline doubles log1p_of(doubles u, doubles inverse) noexcept nogil:
     tail = d_fma(tail, w, d_set(0.39999999999433429717))
     tail = d_fma(tail, w, d_set(0.66666666666667306744))
     tail = d_mul(tail, w)
-    lost = d_fma(k, d_set(-4.2009150726810847e-11), lost)
+    lost = d_fma(k, d_set(LN2_LOW), lost)
     lost = d_fma(s, d_add(half_square, tail), lost)
-    return d_fma(k, d_set(0.69314718060195446014), d_sub(f, d_sub(half_square, lost)))
+    return d_fma(k, d_set(LN2_HIGH), d_sub(f, d_sub(half_square, lost)))
 
 
 cdef inline double power_of_two(double exponent) noexcept nogil:

@@ -94,14 +94,14 @@ cdef RowTerm row_class_term(
     cdef RowTerm row
     row.target_mass = 0
     if p.target != NULL:
-        row.term = settled_row(fold(distances(b.x[l] + start, k.weight, size, one_of(m), m)))
+        row.term = sum_of_lanes(distances(b.x[l] + start, k.weight, size, one_of(m), m))
         row.mass = size
         if k.weight != NULL and segments_of(p.classes) > 1:
-            row.mass = settled_row(fold(total_of(k.weight, size)))
+            row.mass = sum_of_lanes(total_of(k.weight, size))
         return row
     sums = class_term(b.x[l] + start, k, size, m, target - start if target >= 0 else -1, lies_as_rows(&p.other))
-    row.term = settled_row(fold(sums.term))
-    row.mass = settled_row(fold(sums.mass))
+    row.term = sum_of_lanes(sums.term)
+    row.mass = sum_of_lanes(sums.mass)
     if target >= 0:
         start = target - target % LANES            # the same vector, hence the same bits, as in the sum and in the gradient
         k = coefficients_from(p, b.other[l], start)
@@ -158,15 +158,15 @@ cdef void sum_segment(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     if target >= 0:
         s.own = cached[target] if p.target == NULL else 0.0
         cached[target] = 0
-    s.total = settled_row(fold(total_of(cached, size)))
+    s.total = sum_of_lanes(total_of(cached, size))
     if p.target == NULL and target >= 0:
         cached[target] = <real>s.own              # of softmax, and of a segment that is not the row's largest, it is an entry
 
 
 cdef void sum_segment_backward(const Problem* p, const Batch* b, int l, Py_ssize_t segment) noexcept nogil:
     cdef Py_ssize_t start = segment * SEGMENT
-    b.segments[l * segments_of(p.classes) + segment].total = settled_row(
-        fold(total_backward(p, b.x[l] + start, b.other[l] + start, segment_size(p.classes, segment)))
+    b.segments[l * segments_of(p.classes) + segment].total = sum_of_lanes(
+        total_backward(p, b.x[l] + start, b.other[l] + start, segment_size(p.classes, segment))
     )
 
 
@@ -217,7 +217,7 @@ cdef void combine_segments(const Problem* p, Batch* b, int l) noexcept nogil:
 cdef void sum_short_rows_backward(const Problem* p, Batch* b) noexcept nogil:
     cdef int l
     for l in range(b.count):
-        b.rows.total[l] = settled_row(fold(total_backward(p, b.x[l], b.other[l], p.classes)))
+        b.rows.total[l] = sum_of_lanes(total_backward(p, b.x[l], b.other[l], p.classes))
 
 
 cdef void sum_short_rows(const Problem* p, Batch* b, real* moved_to) noexcept nogil:

@@ -85,6 +85,10 @@ cdef inline RowSum fold(Sum sum) noexcept nogil:
     return lanes[0]
 
 
+cdef inline double sum_of_lanes(Sum sum) noexcept nogil:
+    return settled_row(fold(sum))
+
+
 cdef Sum fold_each(Sum* lanes) noexcept nogil:
     # The same for LANES of them at once; lanes[l] holds lane l of each.
     cdef int l, half = LANES // 2
