@@ -1,12 +1,13 @@
-"""Train a small transformer on text, with pyx_xent's loss, PyTorch's, or both from the same seed, and tell what the loss costs.
+"""Train a small transformer on text from the same seed in several ways, and tell what its head and its loss cost.
 
     python examples/train_language_model.py                        on the documentation strings of Python's standard library
     python examples/train_language_model.py --text book.txt        on a text of yours
-    python examples/train_language_model.py --loss pyx_xent --steps 2000
-    python examples/train_language_model.py --head linear-cross-entropy     head and loss in one, without the logits
+    python examples/train_language_model.py --ways fused --steps 2000
+    python examples/train_language_model.py --width 768 --vocabulary 50257 --untied
 
-Words are tokens; the vocabulary has as many entries as those of language models in use, whether or not the text fills it.
-Prints tokens per second, the share of the time spent in the loss (forward and backward), and the memory that the loss takes.
+Ways: PyTorch's loss (torch), pyx_xent's in its place (loss), a head that is fused with the loss (fused), and the first and the
+last of these with the model in bfloat16. Words are tokens; the vocabulary has as many entries as those of models in use,
+whether or not the text fills it. Prints tokens per second, the time that head and loss take (forward and backward), and memory.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import re
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +32,24 @@ try:
 except ImportError as error:
     sys.exit(f"{error}. This example needs PyTorch and the extra 'demo': pip install 'pyx_xent[demo,torch]'")
 
-LOSSES = {"pyx_xent": pyx_xent.torch.cross_entropy, "torch": nn.functional.cross_entropy}
-LINEAR_LOSSES = {"pyx_xent": pyx_xent.torch.linear_cross_entropy, "torch": nn.functional.linear_cross_entropy}
+
+class Way(NamedTuple):
+    """How head and loss are computed."""
+
+    title: str
+    loss: Callable
+    fused: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+PYTORCH, OURS = nn.functional.cross_entropy, pyx_xent.torch.cross_entropy
+WAYS = {
+    "torch": Way("PyTorch", PYTORCH),
+    "loss": Way("loss replaced", OURS),
+    "fused": Way("fused head", PYTORCH, fused=True),
+    "torch-bfloat16": Way("PyTorch, bfloat16", PYTORCH, dtype=torch.bfloat16),
+    "fused-bfloat16": Way("fused head, bfloat16", PYTORCH, fused=True, dtype=torch.bfloat16),
+}
 
 
 def standard_library_text():
@@ -69,7 +88,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(options.width, options.vocabulary, bias=False)
         nn.init.normal_(self.words.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
-        if options.head != "untied":
+        if not options.untied:
             self.head.weight = self.words.weight
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(options.context), persistent=False)
 
@@ -99,29 +118,28 @@ def with_peak(function):
     return result, max(0, bytes_of_process("VmHWM") - before)
 
 
-def train(tokens, name, options):
-    """(losses, seconds, seconds in the loss, bytes of the loss)"""
+def train(tokens, way, options):
+    """(losses, seconds, seconds in head and loss, bytes of head and loss)"""
     torch.manual_seed(options.seed)
-    model = LanguageModel(options)
+    model = LanguageModel(options).to(way.dtype)
+    fused = pyx_xent.torch.fuse_head(model.head) if way.fused else None
     optimizer = torch.optim.AdamW(model.parameters(), options.rate)
     generator = torch.Generator().manual_seed(options.seed)
     window = torch.arange(options.context + 1)
-    fused = options.head == "linear-cross-entropy"
     losses, peak = [], None
     seconds = loss_seconds = 0.0
-    with tqdm(total=options.steps, unit="step", desc=name) as progress:
+    with tqdm(total=options.steps, unit="step", desc=way.title) as progress:
         for step in range(options.steps):
             started = time.perf_counter()
             begin = torch.randint(len(tokens) - options.context, (options.batch, 1), generator=generator)
             sample = tokens[begin + window]
             optimizer.zero_grad()
             hidden, target = model(sample[:, :-1]), sample[:, 1:].flatten()
-            read = hidden if fused else model.head(hidden)
-            # The graph is cut before the loss only to see what that takes.
-            leaf = read.detach().requires_grad_()
+            # The graph is cut before the head only to see what head and loss take.
+            leaf = hidden.detach().requires_grad_()
 
             def loss_and_gradient(leaf=leaf, target=target):
-                loss = LINEAR_LOSSES[name](leaf, model.head.weight, target) if fused else LOSSES[name](leaf, target)
+                loss = way.loss(model.head(leaf).float(), target)
                 loss.backward()
                 return loss.item()
 
@@ -131,7 +149,7 @@ def train(tokens, name, options):
             else:
                 loss = loss_and_gradient()
             in_loss = time.perf_counter() - before
-            read.backward(leaf.grad)
+            hidden.backward(leaf.grad)
             optimizer.step()
             losses.append(loss)
             if step > 0:  # the first one has memory and threads to get
@@ -139,20 +157,16 @@ def train(tokens, name, options):
                 loss_seconds += in_loss
             progress.update()
             progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+    if fused is not None and fused.fused != options.steps:
+        sys.exit(f"not every step was fused: {fused}")
     return losses, seconds, loss_seconds, peak
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="a file of text (default: the standard library's documentation strings)")
-    parser.add_argument("--loss", choices=[*LOSSES, "both"], default="both")
-    parser.add_argument(
-        "--head",
-        choices=["tied", "untied", "linear-cross-entropy"],
-        default="tied",
-        help="does the head share the words' vectors? linear-cross-entropy: it does, and belongs to the loss, which pyx_xent "
-        "computes without the logits and PyTorch from them",
-    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--untied", action="store_true", help="the head does not share the words' vectors")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -175,20 +189,23 @@ def main():
     rows = options.batch * options.context
     megabytes = rows * options.vocabulary * 4 / 1e6
     print(f"{len(tokens):,} tokens; logits of a step: {rows} x {options.vocabulary}, {megabytes:.0f} MB")
-    curves = []
-    for name in LOSSES if options.loss == "both" else [options.loss]:
-        losses, seconds, loss_seconds, peak = train(tokens, name, options)
-        curves.append(np.array(losses))
-        memory = "unknown" if peak is None else f"{peak / 1e6:.0f} MB"
-        what = "head and loss" if options.head == "linear-cross-entropy" else "the loss"
+    curves = {}
+    print(f"{'':21}{'loss':>18}{'tokens/s':>10}{'ms a step':>11}{'head and loss':>22}{'their memory':>14}")
+    for name in options.ways:
+        way = WAYS[name]
+        losses, seconds, loss_seconds, peak = train(tokens, way, options)
+        curves[name] = np.array(losses)
+        memory = "unknown" if peak is None else f"{peak / 1e6:,.0f} MB"
+        steps = options.steps - 1
+        in_loss = f"{loss_seconds / steps * 1e3:.1f} ms, {loss_seconds / seconds:.0%}"
         print(
-            f"{name:9} loss {losses[0]:.4f} -> {np.mean(losses[-20:]):.4f}, "
-            f"{rows * (options.steps - 1) / seconds:,.0f} tokens/s, "
-            f"{loss_seconds / seconds:.0%} of the time in {what} ({loss_seconds / (options.steps - 1) * 1e3:.1f} ms a step), "
-            f"memory it takes: {memory}"
+            f"{way.title:21}{losses[0]:8.4f} ->{np.mean(losses[-20:]):7.4f}{rows * steps / seconds:10,.0f}"
+            f"{seconds / steps * 1e3:11.1f}{in_loss:>22}{memory:>14}"
         )
-    if len(curves) == 2:
-        print(f"largest difference of the two curves: {np.abs(curves[0] - curves[1]).max():.1e}")
+    first, *others = options.ways
+    for name in others:
+        difference = np.abs(curves[name] - curves[first]).max()
+        print(f"largest difference of the losses of {WAYS[name].title} from {WAYS[first].title}: {difference:.1e}")
 
 
 if __name__ == "__main__":

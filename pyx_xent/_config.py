@@ -1,6 +1,8 @@
 """What this build and this machine offer, for reports of problems and figures."""
 
+import os
 import platform
+import sys
 
 import numpy as np
 
@@ -40,11 +42,18 @@ def _blas():
         parts = library["internal_api"], library["version"], architecture, f"{library['num_threads']} threads"
         found.append(" ".join(str(part) for part in parts if part))
         if library["internal_api"] == "openblas" and "avx512" in _dispatch.supported and architecture not in WITH_AVX512:
+            chosen = os.environ.get("OPENBLAS_CORETYPE")
             note = (
-                f"OpenBLAS has taken this processor for a {architecture}, without its AVX-512: try OPENBLAS_CORETYPE=SkylakeX, "
-                "set before Python starts, which can make linear_cross_entropy faster"
+                f"OpenBLAS {library['version']} has taken this processor for a {architecture}, without its AVX-512, "
+                "which makes linear_cross_entropy slow: "
+                + (f"unset OPENBLAS_CORETYPE={chosen}" if chosen else "a later NumPy may have an OpenBLAS that knows it")
             )
     return found, note
+
+
+def _matmul():
+    torch = sys.modules.get("pyx_xent.torch._matmul")
+    return "arrays by numpy" + (f"; tensors: {torch.description()}" if torch else "; pyx_xent.torch is not imported")
 
 
 def show_config():
@@ -55,7 +64,8 @@ def show_config():
     dict
         Keys: version, isa_compiled, isa_supported, isa_active, openmp (date of the specification, 0 if absent),
         openmp_library (every OpenMP runtime in the process), num_threads, num_threads_reason, blas (those in the process, with
-        the processor that OpenBLAS has found), blas_note (what may make `linear_cross_entropy` slow), numpy, python, machine.
+        the processor that OpenBLAS has found), blas_note (what may make `linear_cross_entropy` slow), matmul (who
+        multiplies for it), numpy, python, machine.
 
     Examples
     --------
@@ -76,6 +86,7 @@ def show_config():
         "num_threads_reason": reason,
         "blas": blas,
         "blas_note": blas_note,
+        "matmul": _matmul(),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -14,7 +14,7 @@ import operator
 
 import numpy as np
 
-from . import _call, _memory, _threads
+from . import _call, _gemm, _memory, _threads
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
@@ -233,6 +233,8 @@ class Products:
     def add_grad_weight(self, gradient, hidden, total, first):
         """total (C, H) += gradient.T @ hidden; = for the first rows"""
         hidden = self.wide(hidden)
+        if _gemm.add_product(gradient, hidden, total, first):
+            return
         if first and total.dtype == self.dtype:
             np.matmul(gradient.T, hidden, out=total)
             return

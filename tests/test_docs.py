@@ -19,7 +19,10 @@ MODULES = ["pyx_xent"] + [
     for name in (f"{folder}.{m.name}" for m in pkgutil.iter_modules([str(ROOT / folder.replace(".", "/"))]))
     if name not in ("pyx_xent.__main__", "pyx_xent._kernels")
 ]
-WITH_EXAMPLES = {f"pyx_xent.{name}" for name in ("functional", "losses", "torch.functional", "torch.modules", "torch.patching")}
+WITH_EXAMPLES = {
+    f"pyx_xent.{name}"
+    for name in ("functional", "losses", "torch.functional", "torch.modules", "torch.patching", "torch.fused_head")
+}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -121,11 +124,13 @@ def test_train_language_model(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog lay beside it. " * 200, encoding="utf-8")
     small = ["--steps", "12", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16", "--batch", "4"]
-    for head in ("tied", "untied"):
-        output = run_example("train_language_model.py", "--text", str(text), "--head", head, *small)
-        first, last = map(float, re.search(r"pyx_xent +loss ([\d.]+) -> ([\d.]+)", output).groups())
-        assert last < first
-        assert float(re.search(r"difference of the two curves: (\S+)", output)[1]) < 1e-2
+    for head in ([], ["--untied"]):
+        output = run_example("train_language_model.py", "--text", str(text), *head, *small)
+        for title in ("PyTorch ", "loss replaced", "fused head ", "fused head, bfloat16"):
+            first, last = map(float, re.search(rf"^{title} *([\d.]+) -> *([\d.]+)", output, re.MULTILINE).groups())
+            assert last < first
+        for title in ("loss replaced", "fused head"):
+            assert float(re.search(rf"losses of {title} from PyTorch: (\S+)", output)[1]) < 1e-2
 
 
 def test_standard_library_has_text(monkeypatch):

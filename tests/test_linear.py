@@ -9,7 +9,7 @@ import pytest
 from conftest import assert_close
 
 import pyx_xent as px
-from pyx_xent import linear, reference
+from pyx_xent import _gemm, linear, reference
 
 pytestmark = pytest.mark.spec("S39")
 TOLERANCE = {np.float32: 1e-5, np.float64: 1e-10}
@@ -284,3 +284,49 @@ def test_logits_are_never_one_array():
     before = memory.resident("VmRSS")
     px.linear_cross_entropy_with_grad(hidden, weight, target)
     assert memory.resident("VmHWM") - before < 80 << 20  # the logits would be 400 MB
+
+
+class TestAProductThatIsAddedByNumpysBlas:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("first", [True, False])
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (70, 400, 33), (300, 129, 65)])
+    def test_is_the_product(self, rng, dtype, first, shape):
+        rows, classes, width = shape
+        left, right = (rng.standard_normal(of).astype(dtype) for of in ((rows, classes), (rows, width)))
+        total = np.full((classes, width), np.nan if first else 2.0, dtype)
+        if not _gemm.add_product(left, right, total, first):
+            pytest.skip("NumPy's BLAS has no such function under a known name")
+        expected = left.T.astype(np.float64) @ right + (0.0 if first else 2.0)
+        assert np.allclose(total, expected, rtol=0, atol=40 * rows * np.finfo(dtype).eps)
+
+    def test_numpys_wheels_have_it(self):
+        if "openblas" not in str(np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]):
+            pytest.skip("another BLAS")
+        assert _gemm.add_product(np.ones((2, 2)), np.ones((2, 2)), np.zeros((2, 2)), first=False)
+
+    def test_leaves_to_others_what_does_not_lie_as_it_needs(self):
+        left, right, total = np.ones((4, 3)), np.ones((4, 2)), np.zeros((3, 2))
+        read_only = total.copy()
+        read_only.flags.writeable = False
+        for arrays in (
+            (left[::2], right[::2], total),
+            (left, np.asfortranarray(right), total),
+            (left, right, np.asfortranarray(total)),
+            (left.astype(np.float32), right, total),
+            (left, right, read_only),
+            (left[:3], right, total),
+            (left, right, np.zeros((2, 3))),
+            (left[:0], right[:0], total),
+            (left.astype(">f8"), right.astype(">f8"), total.astype(">f8")),
+        ):
+            assert not _gemm.add_product(*arrays, first=False)
+        assert not total.any()
+
+    def test_without_it_the_gradients_are_the_same(self, rng, monkeypatch):
+        hidden, weight = rng.standard_normal((40, 6)), rng.standard_normal((50, 6))
+        target = rng.integers(0, 50, 40)
+        found = []
+        for function in (_gemm._function, lambda dtype: None):
+            monkeypatch.setattr(_gemm, "_function", function)
+            found.append(px.linear_cross_entropy_with_grad(hidden, weight, target, chunk_bytes=4000)[1][1])
+        assert np.allclose(*found, rtol=1e-12, atol=1e-15)

@@ -95,6 +95,45 @@ for step in range(3):
 for p, q in zip(mine.parameters(), alone.parameters()):
     close(p.grad.full_tensor(), q.grad)
 """,
+    "a fused head under DDP": """
+mine, alone = model(), model()
+fused = ours.fuse_head(mine[2])
+parallel = torch.nn.parallel.DistributedDataParallel(mine)
+for step in range(2):
+    torch.nn.functional.cross_entropy(parallel(features[rank]), target[rank]).backward()
+    losses = [torch.nn.functional.cross_entropy(alone(features[r]), target[r]) for r in range(2)]
+    (sum(losses) / 2).backward()
+assert fused.fused == 2, fused
+for p, q in zip(mine.parameters(), alone.parameters()):
+    close(p.grad, q.grad)
+""",
+    "a fused head under FSDP2": """
+from torch.distributed.fsdp import fully_shard
+
+class Model(torch.nn.Module):
+    def __init__(self, inside):
+        super().__init__()
+        self.layers, self.inside = model(), inside
+    def forward(self, x, y):
+        logits = self.layers(x)
+        return torch.nn.functional.cross_entropy(logits, y) if self.inside else logits
+
+for inside in (True, False):
+    for shard_head in (True, False):
+        mine, alone = Model(inside), Model(True)
+        fused = ours.fuse_head(mine.layers[2])
+        fully_shard(mine.layers[0])
+        if shard_head:
+            fully_shard(mine.layers[2])
+        fully_shard(mine)
+        for step in range(2):
+            out = mine(features[rank], target[rank])
+            (out if inside else torch.nn.functional.cross_entropy(out, target[rank])).backward()
+            (sum(alone(features[r], target[r]) for r in range(2)) / 2).backward()
+        assert fused.fused == (2 if inside and not shard_head else 0), fused
+        for p, q in zip(mine.parameters(), alone.parameters()):
+            close(p.grad.full_tensor(), q.grad)
+""",
     "DTensor logits": """
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 mesh = init_device_mesh("cpu", (2,))

@@ -3,6 +3,7 @@
 functional.py   cross_entropy, nll_loss, linear_cross_entropy
 modules.py      CrossEntropyLoss, NLLLoss, LinearCrossEntropyLoss
 patching.py     patch(): torch.nn.functional's, for models that call them
+fused_head.py   fuse_head(): models that train without making their logits, by _lazy_logits.py
   │
   ├── _loss.py, _linear.py ── _routes.py    which way a call goes
   │     ├── _eager.py, _linear_eager.py         plain CPU tensors: gradients are made together with the loss
@@ -14,6 +15,7 @@ patching.py     patch(): torch.nn.functional's, for models that call them
   │
   ├── _arguments.py                         what arguments have to be, before a way is chosen
   ├── _calls.py, _linear_products.py        one call of the kernels
+  │     ├── _matmul.py                        which BLAS multiplies
   │     ├── _tensors.py                       tensors as arrays; memory of gradients
   │     └── _options.py                       what a loss reads and is asked for
   └── _private.py                           what PyTorch does not promise
@@ -30,7 +32,9 @@ except ModuleNotFoundError as error:
     ) from None
 
 from .._memory import reuse_gradients
+from ._matmul import set_matmul
 from .functional import cross_entropy, linear_cross_entropy, nll_loss
+from .fused_head import fuse_head
 from .modules import CrossEntropyLoss, NLLLoss
 from .patching import patch, unpatch
 
@@ -38,10 +42,12 @@ __all__ = [
     "CrossEntropyLoss",
     "NLLLoss",
     "cross_entropy",
+    "fuse_head",
     "linear_cross_entropy",
     "nll_loss",
     "patch",
     "reuse_gradients",
+    "set_matmul",
     "unpatch",
 ]
 

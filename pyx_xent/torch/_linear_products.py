@@ -1,32 +1,39 @@
-"""The products of a linear layer by PyTorch, and one call of pyx_xent.linear with them."""
+"""The products of a linear layer's tensors, and one call of pyx_xent.linear with them."""
 
-import numpy as np
+import contextlib
+
 import torch
 
-from .. import linear
-from . import _calls, _private
-from ._tensors import array_of, contiguous_gradient, gradient_like, tensor_of
+from .. import _call, linear
+from . import _calls, _matmul, _private
+from ._tensors import HALVES, array_of, contiguous_gradient, gradient_like, tensor_of
 
 
-class Products(linear.Products):
-    """PyTorch's products, on OpenMP's threads, as the loss; bfloat16 ones where oneDNN has them, else in float32."""
+def wide_dtype(dtype):
+    """The dtype that sums of products of `dtype` have."""
+    return torch.float32 if dtype in HALVES else dtype
 
-    on_python_threads = False
-    CLASSES_AT_ONCE = 512  # of the logits: MKL is faster in such parts than for all classes
+
+def multiplied_dtype(dtype):
+    """The dtype that PyTorch multiplies tensors of `dtype` in.
+
+    bfloat16 as it is where oneDNN has such products, and float32 as bfloat16 where the processor has them, too, if the user has
+    asked for that: torch.set_float32_matmul_precision("medium").
+    """
+    if dtype is torch.bfloat16 and _private.has_bfloat16_products():
+        return dtype
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() == "medium" and _private.multiplies_bfloat16_fast():
+        return torch.bfloat16
+    return wide_dtype(dtype)
+
+
+class NumpyProducts(linear.Products):
+    """NumPy's products; PyTorch converts half types."""
 
     def __init__(self, linear_weight):
         super().__init__(linear_weight)
         self.tensor = tensor_of(linear_weight)
-        self.wide_dtype = torch.float64 if self.dtype == np.float64 else torch.float32
-        self.multiplied = self.wide_dtype
-        if self.tensor.dtype is torch.bfloat16 and _private.has_bfloat16_products():
-            self.multiplied = torch.bfloat16
-            self.buffer_dtype = linear_weight.dtype
-        if self.tensor.dtype is self.multiplied:
-            self.converted = [slice(None)]
-
-    def of_classes(self, some):
-        return self.tensor[some].to(self.multiplied)
+        self.wide_dtype = wide_dtype(self.tensor.dtype)
 
     def wide(self, array):
         return tensor_of(array).to(self.wide_dtype).numpy()
@@ -34,6 +41,25 @@ class Products(linear.Products):
     def store(self, values, out, places):
         out = tensor_of(out)
         out[places] = torch.from_numpy(values).to(out.dtype)
+
+
+class TorchProducts(NumpyProducts):
+    """PyTorch's products, on OpenMP's threads, as the loss."""
+
+    on_python_threads = False
+    CLASSES_AT_ONCE = 512  # of the logits: MKL is faster in such parts than for all classes
+
+    def __init__(self, linear_weight):
+        super().__init__(linear_weight)
+        self.multiplied = multiplied_dtype(self.tensor.dtype)
+        if self.multiplied is torch.bfloat16:
+            self.buffer_dtype = _call.bfloat16_bits
+            self.tensor = self.tensor.to(torch.bfloat16)  # once a call
+        if self.tensor.dtype is self.multiplied:
+            self.converted = [slice(None)]
+
+    def of_classes(self, some):
+        return self.tensor[some].to(self.multiplied)
 
     def logits(self, hidden, out):
         hidden, out = tensor_of(hidden).to(self.multiplied), tensor_of(out)
@@ -62,14 +88,26 @@ class Products(linear.Products):
         return tensor_of(gradient).sum(0, dtype=self.wide_dtype).numpy()
 
 
-def problem_of(tensors, options, upstream=None):
+@contextlib.contextmanager
+def products_for(tensors):
+    """The class of the products, and while it is at work the threads that it may have."""
+    input, linear_weight, _ = tensors.layer
+    operations = 2.0 * input.numel() * len(linear_weight)
+    if _matmul.multiplies(multiplied_dtype(input.dtype), operations) == _matmul.TORCH:
+        yield TorchProducts
+    else:
+        with _matmul.bounded_threads():
+            yield NumpyProducts
+
+
+def _problem_of(tensors, options, products, upstream=None):
     """The checked arguments; upstream: a number or an array."""
     return linear.Problem(
         array_of(tensors.input), array_of(tensors.linear_weight), array_of(tensors.target),
         _calls.converted_options(tensors.of_loss, options.loss, axis=-1),
         linear_bias=None if tensors.linear_bias is None else array_of(tensors.linear_bias), logit_scale=options.logit_scale,
         softcap=options.softcap, shift=options.shift, num_threads=torch.get_num_threads(), chunk_bytes=options.chunk_bytes,
-        grad_output=upstream, products=Products,
+        grad_output=upstream, products=products,
     )  # fmt: skip
 
 
@@ -77,21 +115,23 @@ def problem_of(tensors, options, upstream=None):
 @torch.autocast("cpu", enabled=False)
 def with_loss(tensors, options):
     """The call that has the loss."""
-    return linear.run(problem_of(tensors, options))
+    with products_for(tensors) as products:
+        return linear.run(_problem_of(tensors, options, products))
 
 
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)
 def with_gradients(tensors, options, upstream, needed):
     """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
-    problem = problem_of(tensors, options, upstream)
-    found = [
-        contiguous_gradient(tensor.shape, problem.products.wide_dtype) if is_needed and tensor is not None else None
-        for tensor, is_needed in zip(tensors.layer, needed, strict=True)
-    ]
-    places = tuple(None if gradient is None else array_of(gradient) for gradient in found)
-    wanted = [name for name, gradient in zip(linear.GRADIENTS, found, strict=True) if gradient is not None]
-    call, _ = linear.run_with_gradients(problem, places, wanted, problem.products.dtype)
+    with products_for(tensors) as products:
+        problem = _problem_of(tensors, options, products, upstream)
+        found = [
+            contiguous_gradient(tensor.shape, problem.products.wide_dtype) if is_needed and tensor is not None else None
+            for tensor, is_needed in zip(tensors.layer, needed, strict=True)
+        ]
+        places = tuple(None if gradient is None else array_of(gradient) for gradient in found)
+        wanted = [name for name, gradient in zip(linear.GRADIENTS, found, strict=True) if gradient is not None]
+        call, _ = linear.run_with_gradients(problem, places, wanted, problem.products.dtype)
     return call, found
 
 

@@ -8,6 +8,7 @@ import sys
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 
 def _needed(name):
@@ -83,6 +84,12 @@ def has_bfloat16_products():
     return supported is not None and supported()
 
 
+def multiplies_bfloat16_fast():
+    """Whether the processor has instructions for products of bfloat16: AVX512_BF16 or AMX."""
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name, bool)() for name in names) and has_bfloat16_products()
+
+
 def reduction_of(size_average, reduce):
     """The reduction that the deprecated arguments stand for, with PyTorch's own warning."""
     return torch.nn._reduction.legacy_get_string(size_average, reduce)
@@ -97,3 +104,17 @@ def is_exporting():
 def is_fake(tensor):
     """Whether a tensor stands for one, as under FakeTensorMode."""
     return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+tree_map_only = _pytree.tree_map_only  # (class, function, nested lists, tuples and dicts) -> the same of what is of the class
+as_tensors = _needed("DisableTorchFunctionSubclass")  # a context in which subclasses of Tensor are not asked
+
+
+def wrapper_of(cls, like):
+    """A tensor of the class `cls` on the CPU without memory, otherwise like a tensor on the meta device."""
+    return torch.Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device="cpu")
+
+
+def is_of_a_function(node):
+    """Whether a node of autograd's graph is that of a torch.autograd.Function."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
