@@ -443,3 +443,14 @@ def test_float16_autocast_does_not_reach_the_products():
         loss = ours.linear_cross_entropy(hidden, layer, target)
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 0.0}, {"softcap": 1e39}, {"softcap": -1.0}, {"logit_scale": float("inf")}], ids=str
+)
+def test_compiled_code_by_way_of_logits_checks_its_numbers(options):
+    """Several outputs a class have logits, which PyTorch's own operations cap."""
+    weight, target = torch.randn(5, 2, 3), torch.randint(5, (4, 2))
+    compiled = torch.compile(lambda h: ours.linear_cross_entropy(h, weight, target, **options), backend="eager")
+    with pytest.raises(ValueError, match=next(iter(options))):
+        compiled(torch.randn(4, 3))

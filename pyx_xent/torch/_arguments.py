@@ -37,8 +37,11 @@ def number(value, name):
 
 
 def checked_linear(options, dtype):
-    """LinearOptions for the way by logits, its numbers finite in the dtype that multiplies. Compiled code is not checked."""
-    if torch.compiler.is_compiling():
+    """LinearOptions for the way by logits, its numbers finite in the dtype that multiplies."""
+    if torch.compiler.is_compiling():  # in words that it understands
+        largest = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).max
+        if not abs(options.logit_scale) <= largest or not (options.softcap is None or 0 < options.softcap <= largest):
+            raise ValueError(f"logit_scale must be finite and softcap positive and finite where {dtype} is multiplied")
         return options
     dtype = linear.computed_dtype(FLOATS.get(dtype))
     checked = linear.checked_options(dtype, options.logit_scale, options.softcap, options.chunk_bytes)
