@@ -293,14 +293,14 @@ def test_evaluation_and_generation_are_untouched_unless_asked_for():
     assert repr(handle).endswith("0 losses fused, 0 times logits made>")
     handle.undo()
     with ours.fuse_head(fused, evaluation=True) as handle:
-        for context in (torch.no_grad, torch.inference_mode):
+        for context, of_class in ((torch.no_grad, LazyLogits), (torch.inference_mode, torch.Tensor)):
             with context():
-                logits = fused(hidden)
-                assert type(logits) is LazyLogits
+                logits = fused(hidden + 0)
+                assert type(logits) is of_class
                 loss = F.cross_entropy(*flat(logits, target))
                 expected = F.cross_entropy(*flat(F.linear(hidden, fused.weight, fused.bias), target))
                 torch.testing.assert_close(loss, expected)
-        assert handle.fused == 2
+        assert handle.fused == 1
     assert type(fused(hidden)) is torch.Tensor
 
 
@@ -450,3 +450,153 @@ def test_no_logits_are_made(monkeypatch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     F.cross_entropy(head(hidden).float(), target).backward()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def alike(function, **options):
+    """Run function(layer, hidden, target) with the plain layer and the fused one, and compare what it returns."""
+    found = []
+    for layer in pair(**options)[:2]:
+        hidden, target = inputs()
+        found.append(function(layer, hidden.requires_grad_(), target))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def _detached_leaf(layer, hidden, target):
+    leaf = layer(hidden)[0].detach().requires_grad_()
+    F.cross_entropy(leaf, target[0]).backward()
+    return leaf.grad, layer.weight.grad, hidden.grad
+
+
+def _parameter(layer, hidden, target):
+    leaf = torch.nn.Parameter(layer(hidden)[0].detach())
+    F.cross_entropy(leaf, target[0]).backward()
+    return leaf.grad, layer.weight.grad
+
+
+def _jacobian(layer, hidden, target):
+    return torch.autograd.functional.jacobian(lambda z: F.cross_entropy(z, target[0]), layer(hidden)[0].detach())
+
+
+def _frozen_until_the_logits(layer, hidden, target):
+    layer.requires_grad_(False)
+    logits = layer(hidden.detach())[0].requires_grad_()
+    F.cross_entropy(logits, target[0]).backward()
+    return logits.grad
+
+
+def _detached_in_place(layer, hidden, target):
+    read = hidden * 1
+    logits = layer(read)
+    read.detach_()
+    F.cross_entropy(*flat(logits, target)).backward()
+    return hidden.grad, layer.weight.grad
+
+
+def _frozen_and_thawed(layer, hidden, target):
+    layer.requires_grad_(False)
+    logits = layer(hidden)
+    layer.requires_grad_(True)
+    F.cross_entropy(*flat(logits, target)).backward()
+    return hidden.grad, layer.weight.grad
+
+
+def _copy_before_a_write_through_numpy(layer, hidden, target):
+    logits = layer(hidden)
+    array = logits.detach().numpy()
+    copied, view = logits * 2, logits.detach()[..., :3]
+    other = logits.clone()
+    array[:] = 0
+    view.fill_(-9)
+    return F.cross_entropy(*flat(copied, target)), F.cross_entropy(*flat(other, target)), logits.sum()
+
+
+def _parametrized(layer, hidden, target):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Dropout(0.5))
+    torch.manual_seed(3)
+    return F.cross_entropy(*flat(layer(hidden), target))
+
+
+def _tangents(layer, hidden, target):
+    logits = layer(hidden).detach()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits).cumsum(-1))
+        return torch.autograd.forward_ad.unpack_dual(F.cross_entropy(*flat(dual, target)))
+
+
+def _too_large_a_factor(layer, hidden, target):
+    return F.cross_entropy(*flat(layer(hidden) / 1e-39, target)).isnan()
+
+
+def _apply_in_place(layer, hidden, target):
+    return layer(hidden).detach().apply_(lambda x: x + 1)
+
+
+def _other_default_device(layer, hidden, target):
+    with torch.device("meta"):
+        logits = layer(hidden)
+    return F.cross_entropy(*flat(logits, target))
+
+
+LIKE_THE_PLAIN_LAYER = [
+    _detached_leaf, _parameter, _jacobian, _frozen_until_the_logits, _detached_in_place, _frozen_and_thawed,
+    _copy_before_a_write_through_numpy, _parametrized, _tangents, _too_large_a_factor, _apply_in_place, _other_default_device,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", LIKE_THE_PLAIN_LAYER)
+def test_a_fused_layer_is_like_the_plain_one(function):
+    alike(function)
+
+
+def test_numbers_that_change_after_a_loss_of_them_are_autograds_error():
+    _, fused, _ = pair()
+    hidden, target = inputs()
+    logits = fused(hidden)[0]
+    logits.argmax()
+    loss = ours.cross_entropy(logits, target[0], reduction="none")
+    with torch.no_grad():
+        logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_a_weight_that_is_exchanged_before_the_loss_is_an_error():
+    _, fused, _ = pair()
+    hidden, target = inputs()
+    logits = fused(hidden)
+    fused.weight.data = torch.zeros_like(fused.weight.data)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        F.cross_entropy(*flat(logits, target))
+
+
+def test_a_gradient_that_is_asked_for_too_late_is_an_error():
+    _, fused, _ = pair()
+    hidden, target = inputs()
+    logits = fused(hidden)
+    F.cross_entropy(*flat(logits, target))
+    with pytest.raises(RuntimeError, match=r"call retain_grad\(\) before it"):
+        logits.retain_grad()
+
+
+def test_sample_weights_of_another_shape_are_the_usual_error():
+    _, fused, _ = pair()
+    hidden, target = inputs()
+    for shape in ((5, 2), (10,)):
+        with pytest.raises(ValueError, match="sample_weight must have shape"):
+            ours.cross_entropy(fused(hidden).transpose(1, 2), target, sample_weight=torch.ones(shape))
+
+
+def test_shapes_do_not_change_in_place():
+    _, fused, _ = pair()
+    hidden, _ = inputs()
+    for change in (lambda x: x.unsqueeze_(0), lambda x: x.squeeze_(), lambda x: x.transpose_(0, 1), lambda x: x.resize_(3, 4)):
+        with pytest.raises(RuntimeError, match="do not change their shape in place"):
+            change(fused(hidden).detach())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_no_classes():
+    layer = torch.nn.Linear(6, 0)
+    ours.fuse_head(layer)
+    layer(torch.ones(2, 6)).sum().backward()
+    assert layer.weight.grad.shape == (0, 6)

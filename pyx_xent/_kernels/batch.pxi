@@ -304,6 +304,9 @@ cdef int run_problem(const Problem* p) except -1:
     return 0
 
 
+if sizeof(Rows) > ROWS_BYTES or sizeof(Segment) > SEGMENT_BYTES:      # which _call sets aside for them
+    raise ImportError("the kernels' structs are larger than _problem.pxd says")
+
 run = PyCapsule_New(<void*>run_problem, "pyx_xent.run_problem", NULL)      # for _call.use_kernels
 
 

@@ -28,24 +28,29 @@ class Source:
     def __init__(self, head, hidden, linear_weight, linear_bias, dtype):
         self.head, self.dtype = head, dtype  # of the products
         self.layer = hidden, linear_weight, linear_bias
-        self.versions = _versions(self.layer)
+        self.versions, self.history = _versions(self.layer), _history(self.layer)
         self.node = None  # autograd's, of the layer's call
         self.relatives = []  # weak references to every LazyLogits that comes of it
         self.watched = self.exposed = False  # somebody waits for the logits' gradient; somebody may write to the numbers
+        self.fused = False  # a loss went by without the logits
 
     def check(self):
-        """RuntimeError if the layer's tensors have changed since its call."""
-        if _versions(self.layer) != self.versions:
-            raise RuntimeError(
-                "the input, weight or bias of a fused head was modified by an inplace operation (an optimizer's step?) between "
-                "its call and the first use of its logits"
-            )
+        """RuntimeError if the memory of the layer's tensors is gone, or has changed since its call."""
         for tensor in self.layer:
             if tensor is not None and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
                 raise RuntimeError(
                     "the memory of the weight of a fused head was freed (resharded?) between the layer's call and the first "
                     "use of its logits"
                 )
+        if _versions(self.layer) != self.versions:
+            raise RuntimeError(
+                "the input, weight or bias of a fused head was modified by an inplace operation (an optimizer's step?) between "
+                "its call and the first use of its logits: look at logits, for the accuracy say, before"
+            )
+
+    def has_its_history(self):
+        """Whether autograd still knows of the layer's tensors what it knew at its call."""
+        return all(before is now for before, now in zip(self.history, _history(self.layer), strict=True))
 
     def converted(self):
         """Input, weight and bias in the dtype of the products."""
@@ -65,9 +70,21 @@ class Source:
             if lazy is not None:
                 lazy.numbers()
 
+    def count_change(self):
+        """Tell autograd, which does not see what happens below it, that the numbers have changed."""
+        for relative in self.relatives:
+            lazy = relative()
+            if lazy is not None and lazy.made is not None:
+                torch.autograd.graph.increment_version(lazy.made)
+
 
 def _versions(tensors):
-    return [None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+    return [None if tensor is None else (tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def _history(tensors):
+    """Of each tensor, what stands for it in autograd's graph."""
+    return [None if tensor is None else tensor.grad_fn or tensor.requires_grad for tensor in tensors]
 
 
 class LazyLogits(Tensor):
@@ -104,6 +121,8 @@ class LazyLogits(Tensor):
             return losses[name](func, args, kwargs)
         if name in _WATCHING or func == Tensor.grad_fn.__get__:
             args[0].source.watched = True
+            if name == "retain_grad" and args[0].source.fused:
+                raise RuntimeError("a loss of these logits is computed already, without them: call retain_grad() before it")
         elif name in _OF_MEMORY:
             args[0].source.expose()
             args = (plain(args[0], name), *args[1:])
@@ -131,9 +150,19 @@ class LazyLogits(Tensor):
             return made
 
         given, named = tree_map_only(cls, numbers, (args, kwargs))
+        if torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
+            raise RuntimeError(
+                f"{name}: logits of a fused head do not change their shape in place; it works without the underscore"
+            )
         if _gives_memory_away(func):
-            tree_map_only(cls, lambda lazy: lazy.source.expose(), (args, kwargs))
+            for lazy in list(owners.values()):
+                lazy.source.expose()
         result = func(*given, **named)
+        if func._schema.is_mutable:
+            for made, lazy in ((lazy.made, lazy) for lazy in owners.values()):
+                lazy.source.count_change()
+                if made.shape != lazy.like.shape:
+                    raise RuntimeError(f"{name}: an output has another shape than the logits of a fused head it was to replace")
         # What an operator changes in place is what it gives back.
         return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)
 
@@ -141,8 +170,8 @@ class LazyLogits(Tensor):
 # Tensor's methods after which somebody waits for the logits' own gradient, and those that read memory which is not there.
 _WATCHING = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 _OF_MEMORY = {
-    "__array__", "__deepcopy__", "__dlpack__", "__format__", "__reduce_ex__", "__repr__", "data_ptr", "numpy", "share_memory_",
-    "storage", "tolist", "untyped_storage",
+    "__array__", "__deepcopy__", "__dlpack__", "__format__", "__reduce_ex__", "__repr__", "apply_", "data_ptr", "map_", "map2_",
+    "numpy", "share_memory_", "storage", "tolist", "untyped_storage",
 }  # fmt: skip
 
 
@@ -167,8 +196,16 @@ def _derived(lazy, found, func, args, kwargs):
     else:
         like = func(lazy.like, *args[1:], **{name: value for name, value in kwargs.items() if name != "device"})
     if isinstance(found, list):
-        return [LazyLogits(lazy.source, s, li, lazy, numbers_of(k)) for k, (s, li) in enumerate(zip(found, like, strict=True))]
-    return LazyLogits(lazy.source, found, like, lazy, numbers_of(None))
+        each = enumerate(zip(found, like, strict=True))
+        return [_new(lazy, steps, one, numbers_of(k)) for k, (steps, one) in each]
+    return _new(lazy, found, like, numbers_of(None))
+
+
+def _new(parent, steps, like, step):
+    lazy = LazyLogits(parent.source, steps, like, parent, step)
+    if parent.source.exposed:  # a later change of the numbers may not be seen
+        lazy.numbers()
+    return lazy
 
 
 # Autograd's view of both ways.
@@ -182,7 +219,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(hidden, linear_weight)
         ctx.source_dtype = source.dtype
         shape = *hidden.shape[:-1], len(linear_weight)
-        rows = torch.arange(math.prod(shape[:-1])).reshape(shape[:-1])
+        rows = torch.arange(math.prod(shape[:-1]), device="cpu").reshape(shape[:-1])
         return LazyLogits(source, Steps(rows, len(shape) - 1), torch.empty(shape, dtype=source.dtype, device="meta"))
 
     @staticmethod
@@ -190,8 +227,9 @@ class _Layer(torch.autograd.Function):
         hidden, linear_weight = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         with torch.autocast("cpu", enabled=False):
-            gradient = grad_output.to(ctx.source_dtype).reshape(-1, len(linear_weight))
-            rows = hidden.reshape(-1, hidden.shape[-1]).to(ctx.source_dtype)
+            count = math.prod(hidden.shape[:-1])
+            gradient = grad_output.to(ctx.source_dtype).reshape(count, len(linear_weight))
+            rows = hidden.reshape(count, hidden.shape[-1]).to(ctx.source_dtype)
             return (
                 (gradient @ linear_weight.to(ctx.source_dtype)).reshape(hidden.shape).to(hidden.dtype) if of_hidden else None,
                 (gradient.T @ rows).to(linear_weight.dtype) if of_weight else None,
@@ -210,6 +248,10 @@ class _Numbers(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         return grad_output, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.view_as(tangent)
 
 
 def plain(lazy, asked):

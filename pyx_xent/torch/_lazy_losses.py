@@ -41,31 +41,38 @@ def _why_not(arguments):
             return f"gradient of {name}"
     if not isinstance(target, Tensor):
         return "target"
-    steps = lazy.steps
+    if _private.is_transformed():
+        return "torch.func or forward-mode derivatives"
+    steps, sample_weight = lazy.steps, arguments.get("sample_weight")
+    if isinstance(sample_weight, Tensor) and sample_weight.shape != steps.rows.shape:
+        return "shapes"
     if steps.axis != min(1, lazy.dim() - 1) or target.shape not in (steps.rows.shape, lazy.shape):
         return "shapes"
     if target.shape == lazy.shape != steps.rows.shape and not target.is_floating_point():
         return "shapes"
-    if steps.options() is None:
+    if steps.options(lazy.source.dtype) is None:
         return "its factors"
+    if not lazy.source.has_its_history():
+        return "what the layer read, or its parameters, have another gradient now"
     return None if _is_straight(lazy) else "an autograd.Function in between"
 
 
 def _is_straight(lazy):
     """Whether all that autograd knows between the layer and these logits are operators of PyTorch's, one after the other."""
     with _private.as_tensors():
-        node = lazy.grad_fn
-    while node is not None and node is not lazy.source.node:
-        before = [one for one, _ in node.next_functions if one is not None]
-        if _private.is_of_a_function(node) or len(before) != 1:
+        node, is_known = lazy.grad_fn, lazy.requires_grad
+    while is_known and node is not lazy.source.node:
+        before = [] if node is None else [one for one, _ in node.next_functions if one is not None]
+        if len(before) != 1 or _private.is_of_a_function(node):
             return False
         node = before[0]
-    return True
+    return not is_known or node is not None
 
 
 def _fused_loss(lazy, given):
     source, steps = lazy.source, lazy.steps
     source.check()
+    source.fused = True
     given.apply_defaults()
     options = dict(given.arguments)
     del options["input"], options["inplace_backward"]
@@ -88,7 +95,7 @@ def _fused_loss(lazy, given):
         hidden, linear_weight, linear_bias = source.converted()
         hidden = _selected(hidden.reshape(-1, hidden.shape[-1]), steps.rows.reshape(-1))
         options |= {"linear_bias": linear_bias, "loss_dtype": None if loss_dtype is hidden.dtype else loss_dtype}
-        loss = functional.linear_cross_entropy(hidden, linear_weight, target, **options, **steps.options())
+        loss = functional.linear_cross_entropy(hidden, linear_weight, target, **options, **steps.options(source.dtype))
     return loss.reshape(shape) if reduction == "none" else loss
 
 
@@ -97,7 +104,7 @@ def _selected(hidden, rows):
     if len(rows) == 0:
         return hidden[:0]
     first = int(rows[0])
-    if torch.equal(rows, torch.arange(first, first + len(rows))):
+    if torch.equal(rows, torch.arange(first, first + len(rows), device="cpu")):
         return hidden[first : first + len(rows)]
     return hidden[rows]
 

@@ -23,10 +23,11 @@ class Steps(NamedTuple):
             return self._replace(scale=self.scale * factor)
         return self._replace(cap=self.cap * factor)
 
-    def options(self):
-        """logit_scale and softcap of linear_cross_entropy; None if it has no such thing."""
+    def options(self, dtype):
+        """logit_scale and softcap of linear_cross_entropy; None if it has no such thing, or not in the dtype that computes."""
         scale = self.scale if self.cap is None else self.scale * self.cap
-        if not math.isfinite(scale) or (self.cap is not None and not (self.cap > 0 and math.isfinite(self.cap))):
+        limits = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
+        if not abs(scale) <= limits.max or (self.cap is not None and not limits.tiny <= self.cap <= limits.max):
             return None
         return {"logit_scale": scale, "softcap": self.cap}
 

@@ -17,7 +17,8 @@ def fuse_head(module, *, evaluation=False):
     The layer then returns *lazy logits*: a tensor that knows the layer's input, weight and bias, and what has been done with
     the logits since: reshaped, rows selected, converted to a wider dtype, scaled, capped by tanh. When they arrive at
     ``torch.nn.functional.cross_entropy`` or `pyx_xent.torch.cross_entropy`, directly or in a module, `linear_cross_entropy`
-    computes loss and gradients. Whatever else is asked of them makes the logits as usual.
+    computes loss and gradients. Whatever else is asked of them makes the logits as usual, with the weights that the layer had:
+    after the optimizer's step, say for the accuracy, it is too late, which is an error.
 
     Parameters
     ----------
@@ -94,29 +95,27 @@ class FusedHead:
 
     def __call__(self, input):
         layer = self.layer
-        reason = self._why_not_lazy(input)
+        if torch.compiler.is_compiling() or not (self.evaluation or (layer.training and torch.is_grad_enabled())):
+            return type(layer).forward(layer, input)  # what a compiled program's loss reads, or what nobody expects to be lazy
+        weight, bias = layer.weight, layer.bias  # once: parametrizations compute them
+        reason = self._why_not_lazy(input, weight, bias)
         if reason is not None:
-            if reason:
-                self.made[reason] += 1
-            return type(layer).forward(layer, input)
-        dtype = layer.weight.dtype
-        if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype("cpu")
-        return lazy_logits(Source(self, input, layer.weight, layer.bias, dtype))
+            self.made[reason] += 1
+            return torch.nn.functional.linear(input, weight, bias)
+        is_cast = torch.is_autocast_enabled("cpu") and weight.dtype is not torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if is_cast else weight.dtype
+        return lazy_logits(Source(self, input, weight, bias, dtype))
 
-    def _why_not_lazy(self, input):
-        """Why the layer makes its logits at once: "" where nobody expects anything else, None if it does not."""
-        layer = self.layer
-        if torch.compiler.is_compiling():
-            return ""  # torch.compile: the loss is in the compiled program, too, or gets what it gives
-        if not self.evaluation and not (layer.training and torch.is_grad_enabled()):
-            return ""
-        tensors = [input, layer.weight] + ([] if layer.bias is None else [layer.bias])
+    def _why_not_lazy(self, input, weight, bias):
+        """Why the layer makes its logits at once; None if it does not."""
+        layer, tensors = self.layer, [input, weight] + ([] if bias is None else [bias])
         if not all(isinstance(tensor, Tensor) for tensor in tensors) or _routes.way_of(tensors) is not _routes.EAGER:
             return "no ordinary CPU tensors"
-        if layer.weight.dtype not in FLOATS or input.dim() == 0 or input.shape[-1] != layer.weight.shape[1]:
+        if any(tensor.is_inference() for tensor in tensors):
+            return "inference tensors, whose changes nobody counts"
+        if weight.dtype not in FLOATS or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
             return "dtype or shape"
-        if any(tensor.dtype is not layer.weight.dtype for tensor in tensors) and not torch.is_autocast_enabled("cpu"):
+        if any(tensor.dtype is not weight.dtype for tensor in tensors) and not torch.is_autocast_enabled("cpu"):
             return "dtype or shape"
         if layer._backward_hooks or layer._backward_pre_hooks:
             return "backward hooks on the layer"
