@@ -29,17 +29,22 @@ def inputs(shape=(2, 5), dtype=torch.float32):
     return hidden, target
 
 
-def both(function, shape=(2, 5), bias=True, dtype=torch.float32):
-    """[(result, gradients of hidden and the parameters)] of the plain layer and of the fused one; the handle"""
+def both_layers(step, shape=(2, 5), bias=True, dtype=torch.float32):
+    """[(step(layer, hidden, target), gradients of hidden and the parameters)] of the plain and the fused layer; the handle"""
     plain, fused, handle = pair(bias, dtype)
     found = []
     for layer in (plain, fused):
         hidden, target = inputs(shape, dtype)
         hidden.requires_grad_()
-        result = function(layer(hidden), target)
+        result = step(layer, hidden, target)
         result.sum().backward()
         found.append((result.detach(), [hidden.grad, *(parameter.grad for parameter in layer.parameters())]))
     return found, handle
+
+
+def both(function, **options):
+    """The same for function(logits, target)."""
+    return both_layers(lambda layer, hidden, target: function(layer(hidden), target), **options)
 
 
 def assert_alike(found, rtol=1e-5, atol=1e-6):
@@ -175,18 +180,15 @@ def test_half_logits_give_a_half_loss_as_pytorch_does():
 
 @pytest.mark.parametrize("loss_inside", [True, False])
 def test_autocast(loss_inside):
-    found = []
-    for layer in pair()[:2]:
-        hidden, target = inputs()
-        hidden.requires_grad_()
+    def step(layer, hidden, target):
         with torch.autocast("cpu", torch.bfloat16):
             logits = layer(hidden)
             assert logits.dtype is torch.bfloat16
-            loss = F.cross_entropy(*flat(logits, target)) if loss_inside else None
-        if loss is None:
-            loss = F.cross_entropy(*flat(logits.float(), target))
-        loss.backward()
-        found.append((loss.detach(), [hidden.grad, *(parameter.grad for parameter in layer.parameters())]))
+            if loss_inside:
+                return F.cross_entropy(*flat(logits, target))
+        return F.cross_entropy(*flat(logits.float(), target))
+
+    found, _ = both_layers(step)
     assert found[1][0].dtype is torch.float32
     assert_alike(found, 3e-2, 3e-3)
 
@@ -308,28 +310,19 @@ def test_evaluation_and_generation_are_untouched_unless_asked_for():
 def test_checkpoints(use_reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    found = []
-    for layer in pair()[:2]:
-        hidden, target = inputs()
-        hidden.requires_grad_()
-        loss = checkpoint(lambda h: F.cross_entropy(*flat(layer(h), target)), hidden, use_reentrant=use_reentrant)  # noqa: B023
-        loss.backward()
-        found.append((loss.detach(), [hidden.grad, *(parameter.grad for parameter in layer.parameters())]))
+    def step(layer, hidden, target):
+        return checkpoint(lambda h: F.cross_entropy(*flat(layer(h), target)), hidden, use_reentrant=use_reentrant)
+
+    found, _ = both_layers(step)
     assert_alike(found)
 
 
 def test_compiled_models_give_the_usual_result():
-    found = []
-    for layer in pair()[:2]:
-        hidden, target = inputs()
+    def step(layer, hidden, target):
+        compiled = torch.compile(lambda h, t: F.cross_entropy(*flat(layer(h), t)), backend="aot_eager", fullgraph=True)
+        return compiled(hidden, target)
 
-        def step(h, t, layer=layer):
-            return F.cross_entropy(layer(h).view(-1, CLASSES), t.view(-1))
-
-        hidden.requires_grad_()
-        loss = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, target)
-        loss.backward()
-        found.append((loss.detach(), [hidden.grad, *(parameter.grad for parameter in layer.parameters())]))
+    found, _ = both_layers(step)
     assert_alike(found)
 
 

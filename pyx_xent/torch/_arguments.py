@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import linear
-from ._tensors import FLOATS
+from ._tensors import FLOATS, wide_dtype
 
 
 def check_tensors(tensors):
@@ -39,7 +39,7 @@ def number(value, name):
 def checked_linear(options, dtype):
     """LinearOptions for the way by logits, its numbers finite in the dtype that multiplies."""
     if torch.compiler.is_compiling():  # in words that it understands
-        largest = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).max
+        largest = torch.finfo(wide_dtype(dtype)).max
         if not abs(options.logit_scale) <= largest or not (options.softcap is None or 0 < options.softcap <= largest):
             raise ValueError(f"logit_scale must be finite and softcap positive and finite where {dtype} is multiplied")
         return options

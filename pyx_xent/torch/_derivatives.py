@@ -2,7 +2,7 @@
 
 import torch
 
-from ._tensors import HALVES
+from ._tensors import wide_dtype
 
 
 def class_axis(input):
@@ -63,7 +63,7 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
     classes = input.shape[axis]
     if classes == 0:
         return torch.zeros_like(grad_output), torch.zeros_like(input), torch.zeros_like(target) if soft else None
-    dtype = torch.float32 if input.dtype in HALVES else input.dtype
+    dtype = wide_dtype(input.dtype)
     dtype = torch.promote_types(dtype, target.dtype) if soft else dtype
     x, v = input.to(dtype), cotangent.to(dtype)
     rows = v.sum(axis).shape

@@ -62,19 +62,20 @@ class Source:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return torch.nn.functional.linear(*self.converted()).contiguous()
 
+    def living(self):
+        """The relatives that somebody still has."""
+        return [lazy for lazy in (relative() for relative in self.relatives) if lazy is not None]
+
     def expose(self):
         """Make all numbers, before somebody else can write to some of them."""
         self.exposed = True
-        for relative in self.relatives:
-            lazy = relative()
-            if lazy is not None:
-                lazy.numbers()
+        for lazy in self.living():
+            lazy.numbers()
 
     def count_change(self):
         """Tell autograd, which does not see what happens below it, that the numbers have changed."""
-        for relative in self.relatives:
-            lazy = relative()
-            if lazy is not None and lazy.made is not None:
+        for lazy in self.living():
+            if lazy.made is not None:
                 torch.autograd.graph.increment_version(lazy.made)
 
 
@@ -103,7 +104,7 @@ class LazyLogits(Tensor):
         if self.made is None:
             if self.parent is None:
                 if asked is not None:
-                    self.source.head.count_made(asked)
+                    self.source.head.made[asked] += 1
                 self.made = self.source.logits()
             else:
                 numbers = self.parent.numbers(asked)
@@ -142,6 +143,10 @@ class LazyLogits(Tensor):
             if found is not None:
                 return _derived(args[0], found, func, args, kwargs)
         name = str(func).removeprefix("aten.").partition(".")[0]
+        if torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
+            raise RuntimeError(
+                f"{name}: logits of a fused head do not change their shape in place; it works without the underscore"
+            )
         owners = {}
 
         def numbers(lazy):
@@ -150,18 +155,14 @@ class LazyLogits(Tensor):
             return made
 
         given, named = tree_map_only(cls, numbers, (args, kwargs))
-        if torch.Tag.inplace_view in func.tags and func is not torch.ops.aten.detach_.default:
-            raise RuntimeError(
-                f"{name}: logits of a fused head do not change their shape in place; it works without the underscore"
-            )
         if _gives_memory_away(func):
-            for lazy in list(owners.values()):
+            for lazy in owners.values():
                 lazy.source.expose()
         result = func(*given, **named)
         if func._schema.is_mutable:
-            for made, lazy in ((lazy.made, lazy) for lazy in owners.values()):
+            for lazy in owners.values():
                 lazy.source.count_change()
-                if made.shape != lazy.like.shape:
+                if lazy.made.shape != lazy.like.shape:
                     raise RuntimeError(f"{name}: an output has another shape than the logits of a fused head it was to replace")
         # What an operator changes in place is what it gives back.
         return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)

@@ -5,9 +5,9 @@ import inspect
 import torch
 from torch import Tensor
 
-from . import _private, functional
+from . import _calls, _private, functional
 from ._lazy_logits import LazyLogits, losses, plain
-from ._tensors import HALVES
+from ._options import Options, Tensors
 
 _SIGNATURE = inspect.signature(functional.cross_entropy)
 
@@ -80,9 +80,8 @@ def _fused_loss(lazy, given):
     size_average, reduce = options.pop("size_average"), options.pop("reduce")
     if size_average is not None or reduce is not None:
         options["reduction"] = reduction = _private.reduction_of(size_average, reduce)
-    loss_dtype = options.pop("loss_dtype")
-    if loss_dtype is None:
-        loss_dtype = torch.float32 if lazy.dtype in HALVES and torch.is_autocast_enabled("cpu") else lazy.dtype
+    tensors = Tensors(lazy, target, options["weight"])
+    loss_dtype = _calls.dtype_of_loss(tensors, Options(loss_dtype=options.pop("loss_dtype")))
     shape = steps.rows.shape
     if target.shape == shape:
         target = target.reshape(-1)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._tensors import wide_dtype
+
 aten = torch.ops.aten
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,7 +28,7 @@ class Steps(NamedTuple):
     def options(self, dtype):
         """logit_scale and softcap of linear_cross_entropy; None if it has no such thing, or not in the dtype that computes."""
         scale = self.scale if self.cap is None else self.scale * self.cap
-        limits = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
+        limits = torch.finfo(wide_dtype(dtype))
         if not abs(scale) <= limits.max or (self.cap is not None and not limits.tiny <= self.cap <= limits.max):
             return None
         return {"logit_scale": scale, "softcap": self.cap}

@@ -5,7 +5,7 @@ import torch
 from . import _calls, _linear_logits, _linear_products
 from ._operators import tell_watchers
 from ._options import LINEAR_OPTIONS, LINEAR_TENSORS, LinearOptions, LinearTensors, Options, with_number, with_tensor
-from ._tensors import HALVES
+from ._tensors import wide_dtype
 
 _TENSORS, _OF_LOSS = len(LinearTensors._fields), len(Options._fields)
 
@@ -71,8 +71,7 @@ def _(*arguments):
     loss = input.new_empty(
         rows if options.loss.reduction == "none" else (), dtype=_calls.dtype_of_loss(tensors.of_loss, options.loss)
     )
-    wide = torch.float32 if input.dtype in HALVES else input.dtype
-    return loss, *_fake_gradients(tensors, needed, wide)
+    return loss, *_fake_gradients(tensors, needed, wide_dtype(input.dtype))
 
 
 @_gradients_op.register_fake

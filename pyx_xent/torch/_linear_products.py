@@ -6,12 +6,7 @@ import torch
 
 from .. import _call, linear
 from . import _calls, _matmul, _private
-from ._tensors import HALVES, array_of, contiguous_gradient, gradient_like, tensor_of
-
-
-def wide_dtype(dtype):
-    """The dtype that sums of products of `dtype` have."""
-    return torch.float32 if dtype in HALVES else dtype
+from ._tensors import array_of, contiguous_gradient, gradient_like, tensor_of, wide_dtype
 
 
 def multiplied_dtype(dtype):
@@ -89,7 +84,7 @@ class TorchProducts(NumpyProducts):
 
 
 @contextlib.contextmanager
-def products_for(tensors):
+def _products_for(tensors):
     """The class of the products, and while it is at work the threads that it may have."""
     input, linear_weight, _ = tensors.layer
     operations = 2.0 * input.numel() * len(linear_weight)
@@ -115,7 +110,7 @@ def _problem_of(tensors, options, products, upstream=None):
 @torch.autocast("cpu", enabled=False)
 def with_loss(tensors, options):
     """The call that has the loss."""
-    with products_for(tensors) as products:
+    with _products_for(tensors) as products:
         return linear.run(_problem_of(tensors, options, products))
 
 
@@ -123,7 +118,7 @@ def with_loss(tensors, options):
 @torch.autocast("cpu", enabled=False)
 def with_gradients(tensors, options, upstream, needed):
     """(call, gradients of input, linear_weight and linear_bias), None where not needed; those of half types are in float32."""
-    with products_for(tensors) as products:
+    with _products_for(tensors) as products:
         problem = _problem_of(tensors, options, products, upstream)
         found = [
             contiguous_gradient(tensor.shape, problem.products.wide_dtype) if is_needed and tensor is not None else None

@@ -29,6 +29,11 @@ _DTYPES = FLOATS | {
 }
 
 
+def wide_dtype(dtype):
+    """The dtype in which numbers of `dtype` are computed, and their products added up."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def array_of(tensor):
     """The memory of a tensor as an array."""
     if tensor.is_neg():  # it shows other numbers than are in its memory

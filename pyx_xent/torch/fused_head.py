@@ -123,9 +123,6 @@ class FusedHead:
             return "FSDP frees this layer's weight after its call"
         return None
 
-    def count_made(self, asked):
-        self.made[asked] += 1
-
     def undo(self):
         """Give the layer its own forward back."""
         if self.layer.__dict__.get("forward") is self:
