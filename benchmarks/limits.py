@@ -22,7 +22,9 @@ LONG = 8192  # classes from which on overwriting the logits is worth a figure: b
 def operations(case):
     found = [FORWARD, GRADIENT]
     # With class probabilities the limit's loop would overwrite the logits with other numbers than ours does.
-    in_place = case.classes >= LONG and not roofline.in_cache(case) and case.option != "soft"
+    # Logits alone may fit into the cache where logits and gradient do not: memory is no limit then.
+    beyond_cache = case.logits_bytes > roofline.own_cache()
+    in_place = case.classes >= LONG and beyond_cache and case.option != "soft"
     return [*found, IN_PLACE] if in_place else found
 
 
@@ -56,7 +58,6 @@ def measure_operation(problem, operation, threads, budget, rounds):
     gradient = None
     if operation != FORWARD:
         gradient = problem.logits if operation == IN_PLACE else roofline.touched_like(problem.logits)
-    # Ours first: it is checked, and in place limits leave other logits behind.
     functions = {OURS: ours(problem, operation, threads, gradient)}
     for name in names:
         # In place, exponentials are stored elsewhere: in the cache, where it makes no difference.

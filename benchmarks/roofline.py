@@ -203,6 +203,8 @@ def make(name, problem, operation, threads, gradient=None):
     if limit in MEMORY:
         kind = WRITE_CACHED if way == CACHED else MEMORY[limit]
         second = problem.target if case.option == "soft" else None
+        if kind == WRITE_IN_PLACE:  # a copy, because others are measured with these logits afterwards
+            x = x.copy(order="K")
         return memory_limit(kind, x, threads, case.live, second, gradient)
     if x.itemsize == 2:  # is computed in float32
         x = 3 * np.random.default_rng(0).standard_normal(min(case.elements, IN_CACHE), np.float32)

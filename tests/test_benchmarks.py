@@ -195,6 +195,19 @@ class TestRoofline:
             np.testing.assert_allclose(gradient.astype(float), problem.expected[1], rtol=tolerance, atol=1e-8)
 
     @pytest.mark.usefixtures("compiler")
+    @pytest.mark.parametrize("option", ["", "soft", "ignored50"])
+    def test_limits_leave_the_arrays_to_those_after_them(self, option, monkeypatch):
+        monkeypatch.setattr(roofline, "own_cache", lambda: 0)  # all of the limits
+        problem = cases.Problem(cases.Case((8, 1000), "", option=option))
+        logits, target = problem.logits.copy(), problem.target.copy()
+        for operation in (cases.FORWARD, cases.GRADIENT):
+            for name in roofline.names(problem.case, operation):
+                roofline.make(name, problem, operation, 2)()
+                np.testing.assert_array_equal(problem.logits, logits, err_msg=name)
+                np.testing.assert_array_equal(problem.target, target, err_msg=name)
+        assert "limit: in place" in roofline.names(problem.case, cases.GRADIENT)
+
+    @pytest.mark.usefixtures("compiler")
     def test_every_case_of_short_rows_has_a_limit_by_hand(self):
         if not roofline._compiled()[0].has_handwritten():
             pytest.skip("no AVX-512")
