@@ -16,7 +16,7 @@ LIBRARIES = ("pyx_xent", "numpy", "torch", "scikit-learn", "numba", "jax", "opta
 def pytest_addoption(parser):
     group = parser.getgroup("cross-entropy benchmarks")
     group.addoption("--bench-threads", type=int, default=pyx_xent.get_num_threads(), help="threads of every peer")
-    group.addoption("--bench-seconds", type=float, default=1.0, help="about how long each is timed")
+    group.addoption("--bench-seconds", type=float, default=0.3, help="about how long each is timed")
 
 
 def pytest_configure(config):
