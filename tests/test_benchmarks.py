@@ -479,9 +479,9 @@ def test_linear_layers_answer_as_the_reference(case):
         for name in linear.names(case):
             answer = linear.PEERS[name](problem, operation, 1)()
             if answer is not None:
-                linear.assert_right(problem, operation, answer)
+                linear.assert_right(problem, operation, name, answer)
                 with pytest.raises(AssertionError):
-                    linear.assert_right(problem, operation, (1.2 * answer[0], *answer[1:]))
+                    linear.assert_right(problem, operation, name, (1.2 * answer[0], *answer[1:]))
 
 
 def test_linear_times_become_a_table(tmp_path, monkeypatch):
