@@ -61,7 +61,7 @@ CASES = [
     Case(2048, 768, 50257, "GPT-2's head", "bfloat16", rounds=2, peers=(TORCH_PRODUCTS, TORCH_OURS, LOGITS, CHUNKS)),
     Case(4096, 1024, 128256, "a 128k vocabulary: 2.1 GB of logits"),
     Case(8192, 256, 262144, "the largest vocabulary: 8.6 GB of logits", shift=True, peers=(PRODUCTS, OURS, TORCH_OURS)),
-    Case(8192, 256, 262144, "40 % of it a prompt that does not count", ignored=0.4, shift=True, peak=True, peers=WITHOUT_LOGITS),
+    Case(8192, 256, 262144, "40 % of it a prompt", ignored=0.4, shift=True, peak=True, peers=WITHOUT_LOGITS),
 ]
 
 
