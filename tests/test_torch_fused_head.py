@@ -84,6 +84,9 @@ FUSED = {
         *flat(x, t.clamp(min=0)), weight=torch.linspace(0.5, 2, CLASSES), ignore_index=3, label_smoothing=0.2
     ),
     "probabilities": lambda x, t: F.cross_entropy(x.transpose(1, 2), F.one_hot(t.clamp(min=0), CLASSES).float().mT),
+    "probabilities of another dtype": lambda x, t: F.cross_entropy(
+        x.flatten(0, 1), F.one_hot(t.view(-1).clamp(min=0), CLASSES).double()
+    ),
     "module": lambda x, t: torch.nn.CrossEntropyLoss(reduction="sum")(*flat(x, t)),
     "ours": lambda x, t: ours.cross_entropy(*flat(x, t), z_loss=1e-2, sample_weight=torch.linspace(0, 1, t.numel())),
     "our module": lambda x, t: ours.CrossEntropyLoss(label_smoothing=0.1)(*flat(x, t)),
