@@ -21,10 +21,8 @@ LONG = 8192  # classes from which on overwriting the logits is worth a figure: b
 
 def operations(case):
     found = [FORWARD, GRADIENT]
-    # With class probabilities the limit's loop would overwrite the logits with other numbers than ours does.
-    # Logits alone may fit into the cache where logits and gradient do not: memory is no limit then.
-    beyond_cache = case.logits_bytes > roofline.own_cache()
-    in_place = case.classes >= LONG and beyond_cache and case.option != "soft"
+    # The target of class probabilities is about a gradient that is written elsewhere.
+    in_place = case.classes >= LONG and not roofline.in_cache(case, arrays=1) and case.option != "soft"
     return [*found, IN_PLACE] if in_place else found
 
 

@@ -73,9 +73,12 @@ def own_cache():
     return min(last_level_cache(), 32 << 20)
 
 
-def in_cache(case):
-    """Whether logits and gradient stay in the last-level cache from call to call, so that arithmetic is the limit."""
-    return 2 * case.logits_bytes <= own_cache()
+def in_cache(case, arrays=2):
+    """Whether so many arrays as large as the logits stay in the last-level cache from call to call: arithmetic is the limit.
+
+    Two are logits and gradient; one is both, in place.
+    """
+    return arrays * case.logits_bytes <= own_cache()
 
 
 def by_hand_kind(case):
