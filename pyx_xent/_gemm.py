@@ -36,7 +36,8 @@ def _function(dtype):
 def add_product(left, right, total, first):
     """total (C, H) += left.T @ right, of left (n, C) and right (n, H); = for the first. -> was it done?
 
-    It is if all three are C-contiguous and of one dtype, float32 or float64, and the BLAS has such a function.
+    It is if all three are C-contiguous, left perhaps some columns of such an array, and of one dtype, float32 or float64, and
+    the BLAS has such a function.
     """
     arrays = left, right, total
     (rows, classes), width = left.shape, right.shape[1]
@@ -44,13 +45,16 @@ def add_product(left, right, total, first):
         return False
     if total.dtype not in (np.float32, np.float64) or any(array.dtype != total.dtype for array in arrays):
         return False
-    if not total.flags.writeable or not all(array.flags.c_contiguous and array.flags.aligned for array in arrays):
+    if not total.flags.writeable or not all(array.flags.aligned for array in arrays):
+        return False
+    step, rest = divmod(left.strides[0], left.itemsize)  # from row to row
+    if rest or not classes <= step < 2**31 or not all(array.flags.c_contiguous for array in (left[0], right, total)):
         return False
     function = _function(total.dtype)
     if function is None:
         return False
     function(
-        ROWS, TRANSPOSED, AS_IT_IS, classes, width, rows, 1.0, left.ctypes.data, classes, right.ctypes.data, width,
+        ROWS, TRANSPOSED, AS_IT_IS, classes, width, rows, 1.0, left.ctypes.data, step, right.ctypes.data, width,
         0.0 if first else 1.0, total.ctypes.data, width,
     )  # fmt: skip
     return True

@@ -18,7 +18,7 @@ from . import _call, _gemm, _memory, _threads
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_with_grad"]
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 72 << 20
 NANOSECONDS_OF_A_LOGIT = 0.005  # between two products, over what a thread of Python costs more than one of OpenMP's
 WORTHWHILE_ROWS = 256  # with fewer of them at once, BLAS becomes slow
 # BLAS multiplies, but NumPy's matmul does not add to what is there: so much of a product is made, and added, at once.
@@ -73,7 +73,7 @@ def linear_cross_entropy(
         The target of position t of the last axis but one is that of t + 1, as for a causal language model: `hidden` (..., T, H)
         and `target` (..., T) come as they are, the loss has T - 1 positions, and `sample_weight` too.
     chunk_bytes : int, optional
-        The most that the buffer for logits may take: at least one row. By default 64 MiB, or what 256 rows take, if that is
+        The most that the buffer for logits may take: at least one row. By default 72 MiB, or what 256 rows take, if that is
         more: with fewer of them BLAS is slow.
 
     Returns
@@ -198,20 +198,30 @@ class Products:
     """The products of some rows with linear_weight by NumPy's BLAS, in float32 or float64; half types are converted for it.
 
     That BLAS has threads of its own, and OpenMP's wait for work in a loop which takes the cores from them: what is done between
-    products goes to threads of Python's instead.
+    products goes to threads of Python's instead. With `threads` > 1 the products do, too, each for some of the classes: for a
+    BLAS that has been told to use one thread a product, so that none of its own waits in a loop for more, either.
     """
 
     on_python_threads = True
 
-    def __init__(self, linear_weight):
-        self.linear_weight = linear_weight
+    def __init__(self, linear_weight, threads=1):
+        self.linear_weight, self.threads = linear_weight, threads
         self.dtype = computed_dtype(linear_weight.dtype)
         self.buffer_dtype = self.dtype  # of logits and their gradient
         classes, width = linear_weight.shape
-        size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
-        self.parts = [slice(first, min(first + size, classes)) for first in range(0, max(1, classes), size)]
-        self.converted = self.parts if linear_weight.dtype != self.dtype else [slice(None)]
-        self._part = None
+        self.size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
+        self.everything = slice(0, classes)
+        self.shares = list(_split(self.everything, max(1, -(-classes // threads))))  # of the classes, one a thread
+        self._converts = linear_weight.dtype != self.dtype
+        self._part = [None] * len(self.shares)
+
+    def parts(self, classes):
+        """Some classes in parts of PART_BYTES of linear_weight, or of the gradient with respect to it."""
+        return _split(classes, self.size)
+
+    def converted(self, classes):
+        """Some classes in the parts that are converted at once."""
+        return self.parts(classes) if self._converts else [classes]
 
     def wide(self, array):
         """The array in the dtype that is computed in."""
@@ -223,33 +233,55 @@ class Products:
 
     def logits(self, hidden, out):
         """out (rows, C) = hidden @ linear_weight.T"""
-        for some in self.converted:
-            np.matmul(self.wide(hidden), self.wide(self.linear_weight[some]).T, out=out[:, some])
+        hidden = self.wide(hidden)
+
+        def multiply(some):
+            np.matmul(hidden, self.wide(self.linear_weight[some]).T, out=out[:, some])
+
+        # A product of one thread is faster in such parts; one of all the BLAS's threads for all classes at once.
+        in_parts = self.converted if self.threads == 1 else self.parts
+        _on_threads(multiply, [some for share in self.shares for some in in_parts(share)], self.threads)
 
     def grad_hidden(self, gradient):
         """gradient @ linear_weight, (rows, H)"""
-        return sum(gradient[:, some] @ self.wide(self.linear_weight[some]) for some in self.converted)
+        found = [0] * len(self.shares)
+
+        def multiply(k):
+            found[k] = sum(gradient[:, some] @ self.wide(self.linear_weight[some]) for some in self.converted(self.shares[k]))
+
+        _on_threads(multiply, range(len(self.shares)), self.threads)
+        return sum(found)
 
     def add_grad_weight(self, gradient, hidden, total, first):
         """total (C, H) += gradient.T @ hidden; = for the first rows"""
         hidden = self.wide(hidden)
-        if _gemm.add_product(gradient, hidden, total, first):
-            return
-        if first and total.dtype == self.dtype:
-            np.matmul(gradient.T, hidden, out=total)
-            return
-        for some in self.parts:
-            if self._part is None:
-                self._part = _memory.empty((some.stop, hidden.shape[1]), self.dtype)
-            part = np.matmul(gradient[:, some].T, hidden, out=self._part[: some.stop - some.start])
-            if first:
-                self.store(part, total, some)
-            else:
-                total[some] += part
+
+        def multiply(k):
+            share = self.shares[k]
+            if _gemm.add_product(gradient[:, share], hidden, total[share], first):
+                return
+            if first and total.dtype == self.dtype:
+                np.matmul(gradient[:, share].T, hidden, out=total[share])
+                return
+            for some in self.parts(share):
+                if self._part[k] is None:
+                    self._part[k] = _memory.empty((some.stop - some.start, hidden.shape[1]), self.dtype)
+                part = np.matmul(gradient[:, some].T, hidden, out=self._part[k][: some.stop - some.start])
+                if first:
+                    self.store(part, total, some)
+                else:
+                    total[some] += part
+
+        _on_threads(multiply, range(len(self.shares)), self.threads)
 
     def sums_of_classes(self, gradient):
         """(C,)"""
         return np.ones(len(gradient), gradient.dtype) @ gradient
+
+
+def _split(some, size):
+    """A slice as slices of `size`; the last may be shorter."""
+    return (slice(first, min(first + size, some.stop)) for first in range(some.start, max(some.start + 1, some.stop), size))
 
 
 def computed_dtype(dtype):
@@ -289,15 +321,15 @@ def _neighbours(places):
     return slice(places[0], places[-1] + 1) if places[-1] - places[0] + 1 == len(places) else places
 
 
-def _on_threads(function, parts):
-    """function(part) for each part, on up to as many threads. This one waits only for what another has begun.
+def _on_threads(function, parts, threads):
+    """function(part) for each part, on up to `threads` threads. This one waits only for what another has begun.
 
     A thread for which there is no memory may be started and yet run nothing; threading.Thread.start() would wait for it for
     ever, and so would an executor.
     """
     errors = [None] * len(parts)
     waiting = list(range(len(parts)))
-    locks = [_thread.allocate_lock() for _ in parts[1:]]
+    locks = [_thread.allocate_lock() for _ in range(min(threads, len(parts)) - 1)]
 
     def work():
         while True:
@@ -409,13 +441,12 @@ class Problem:
         """Compute the losses of some rows; -> their hidden, as multiplied, and the gradient of the product, (rows, C)."""
         hidden, logits = self.hidden_of(rows), self.buffer[: len(rows)]
         self.products.logits(hidden, logits)
-        size = -(-len(rows) // self.parts)
-        parts = [slice(first, first + size) for first in range(0, len(rows), size)]
+        parts = list(_split(slice(0, len(rows)), -(-len(rows) // self.parts)))
 
         def finish(part):
             self._finish(rows[part], logits[part], want_gradient)
 
-        _on_threads(finish, parts)
+        _on_threads(finish, parts, self.parts)
         return hidden, logits
 
     @np.errstate(all="ignore")

@@ -211,7 +211,7 @@ def test_the_first_error_of_a_thread_comes_back():
         time.sleep(0.01)
 
     with pytest.raises(KeyError):
-        linear._on_threads(fail, [0, 1, 2, 3])
+        linear._on_threads(fail, [0, 1, 2, 3], 4)
 
 
 def test_numbers_beyond_the_range_bring_no_warnings(rng, dtype):

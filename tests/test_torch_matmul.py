@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from helpers_torch import F, ours, torch
 
 import pyx_xent as px
-from pyx_xent.torch import _matmul
+from pyx_xent import linear
+from pyx_xent.torch import _linear_products, _matmul
+from pyx_xent.torch._tensors import array_of
 
 pytest.importorskip("threadpoolctl")
 LIBRARIES = ["numpy", "torch"]
@@ -112,30 +115,69 @@ def test_the_measurement_is_one_of_the_two_products():
     assert 0.01 < _matmul._measured_gain(torch.float32) < 100
 
 
-def test_numpys_blas_has_no_more_threads_than_pytorch_and_its_own_again_afterwards(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numpys_blas_has_one_thread_a_product_and_its_own_again_afterwards(monkeypatch, dtype):
     blas = _matmul.numpy_blas()
-    before, seen = blas.get_num_threads(), []
-    threads = torch.get_num_threads()
+    before, threads = blas.get_num_threads(), torch.get_num_threads()
+    of_blas, callers = [], set()
     matmul = np.matmul
 
     def watched(*arguments, **named):
-        seen.append(blas.get_num_threads())
+        of_blas.append(blas.get_num_threads())
+        callers.add(threading.get_ident())
+        time.sleep(0.001)  # long enough for the other thread to begin
         return matmul(*arguments, **named)
 
     monkeypatch.setattr(np, "matmul", watched)
+    monkeypatch.setattr(linear, "PART_BYTES", 50 * 12 * 4)
     ours.set_matmul("numpy")
-    hidden, weight, _, target = layer()
+    hidden, weight, _, target = layer(dtype)
     try:
-        torch.set_num_threads(1)
-        ours.linear_cross_entropy(hidden, weight, target)
-        assert set(seen) == {1}
-        assert blas.get_num_threads() == before
+        blas.set_num_threads(3)
+        for allowed in (1, 2):
+            torch.set_num_threads(allowed)
+            callers.clear()
+            ours.linear_cross_entropy(hidden, weight, target).backward()
+            assert set(of_blas) == {1}
+            assert len(callers) <= allowed
+            assert blas.get_num_threads() == 3
         target[0] = 9999
         with pytest.raises(IndexError):
             ours.linear_cross_entropy(hidden, weight, target)
-        assert blas.get_num_threads() == before
+        assert blas.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+        blas.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 2, 3, 100, 701])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_products_on_any_number_of_threads(dtype, classes, threads, in_place, monkeypatch):
+    if not in_place:
+        monkeypatch.setattr(linear._gemm, "add_product", lambda *arguments: False)
+    monkeypatch.setattr(linear, "PART_BYTES", 50 * 12 * 8)
+    rng = np.random.default_rng(0)
+    half = dtype is torch.bfloat16
+    hidden, weight = rng.standard_normal((30, 12)), rng.standard_normal((classes, 12))
+    if half:
+        hidden, weight = (torch.from_numpy(array).to(dtype) for array in (hidden, weight))
+        products = _linear_products.NumpyProducts(array_of(weight), threads)
+        hidden, weight, given = hidden.double().numpy(), weight.double().numpy(), array_of(hidden)
+    else:
+        given = hidden = hidden.astype(dtype)
+        weight = weight.astype(dtype)
+        products = linear.Products(weight, threads)
+    tolerance = 1e-12 if dtype is np.float64 else 1e-5
+    logits = np.full((30, classes), np.nan, products.dtype)
+    products.logits(given, logits)
+    np.testing.assert_allclose(logits, hidden @ weight.T, tolerance, 10 * tolerance)
+    np.testing.assert_allclose(products.grad_hidden(logits), logits @ weight, tolerance, 100 * tolerance)
+    total = np.full((classes, 12), np.nan, products.dtype)
+    for times in (1, 2):
+        products.add_grad_weight(logits, given, total, first=times == 1)
+        np.testing.assert_allclose(total, times * (logits.T @ hidden), tolerance, 100 * tolerance)
 
 
 def test_many_callers_leave_numpys_threads_as_they_were():
@@ -208,7 +250,7 @@ def test_without_threadpoolctl_auto_means_pytorch_and_numpy_is_refused(monkeypat
 
 
 def test_float32_is_multiplied_in_bfloat16_only_where_the_user_says_so(monkeypatch):
-    from pyx_xent.torch import _linear_products, _private
+    from pyx_xent.torch import _private
 
     monkeypatch.setattr(_private, "multiplies_bfloat16_fast", _private.has_bfloat16_products)
     hidden, weight, bias, target = layer(rows=200, width=64)

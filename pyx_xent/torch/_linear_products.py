@@ -1,6 +1,7 @@
 """The products of a linear layer's tensors, and one call of pyx_xent.linear with them."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -25,8 +26,8 @@ def multiplied_dtype(dtype):
 class NumpyProducts(linear.Products):
     """NumPy's products; PyTorch converts half types."""
 
-    def __init__(self, linear_weight):
-        super().__init__(linear_weight)
+    def __init__(self, linear_weight, threads=1):
+        super().__init__(linear_weight, threads)
         self.tensor = tensor_of(linear_weight)
         self.wide_dtype = wide_dtype(self.tensor.dtype)
 
@@ -50,8 +51,7 @@ class TorchProducts(NumpyProducts):
         if self.multiplied is torch.bfloat16:
             self.buffer_dtype = _call.bfloat16_bits
             self.tensor = self.tensor.to(torch.bfloat16)  # once a call
-        if self.tensor.dtype is self.multiplied:
-            self.converted = [slice(None)]
+        self._converts = self.tensor.dtype is not self.multiplied
 
     def of_classes(self, some):
         return self.tensor[some].to(self.multiplied)
@@ -65,14 +65,14 @@ class TorchProducts(NumpyProducts):
 
     def grad_hidden(self, gradient):
         gradient = tensor_of(gradient)
-        return sum(torch.mm(gradient[:, some], self.of_classes(some)).to(self.wide_dtype) for some in self.converted).numpy()
+        return sum(torch.mm(gradient[:, some], self.of_classes(some)).to(self.wide_dtype) for some in self.converted(self.everything)).numpy()
 
     def add_grad_weight(self, gradient, hidden, total, first):
         gradient, hidden, total = tensor_of(gradient).T, tensor_of(hidden).to(self.multiplied), tensor_of(total)
         if total.dtype is self.multiplied:
             torch.addmm(total, gradient, hidden, beta=0 if first else 1, out=total)
             return
-        for some in self.parts:
+        for some in self.parts(self.everything):
             part = torch.mm(gradient[some], hidden)
             if first:
                 total[some] = part
@@ -85,14 +85,14 @@ class TorchProducts(NumpyProducts):
 
 @contextlib.contextmanager
 def _products_for(tensors):
-    """The class of the products, and while it is at work the threads that it may have."""
+    """What makes the products of a linear_weight."""
     input, linear_weight, _ = tensors.layer
     operations = 2.0 * input.numel() * len(linear_weight)
     if _matmul.multiplies(multiplied_dtype(input.dtype), operations) == _matmul.TORCH:
         yield TorchProducts
     else:
-        with _matmul.bounded_threads():
-            yield NumpyProducts
+        with _matmul.one_thread_a_product() as threads:
+            yield functools.partial(NumpyProducts, threads=threads)
 
 
 def _problem_of(tensors, options, products, upstream=None):

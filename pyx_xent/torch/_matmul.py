@@ -11,8 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from .. import linear
 
 AUTO, NUMPY, TORCH = CHOICES = ("auto", "numpy", "torch")
 VARIABLE = "PYX_XENT_MATMUL"
@@ -142,21 +143,27 @@ def numpy_blas():
 
 
 class _ThreadsOfBlas:
-    """NumPy's BLAS with at most as many threads as PyTorch, while anybody here multiplies by it."""
+    """NumPy's BLAS with one thread a product, while anybody here multiplies by it on threads of ours.
+
+    Its own threads would look out for more work for some 25 ms after each call, on the cores that PyTorch's next operation
+    needs.
+    """
 
     def __init__(self):
         self.lock, self.users, self.before = threading.Lock(), 0, None
 
     @contextlib.contextmanager
-    def bounded(self):
+    def one(self):
+        """-> how many of our threads may multiply: as many as PyTorch has, and that BLAS had."""
         blas = numpy_blas()
         with self.lock:
             if self.users == 0:
                 self.before = blas.get_num_threads()
-                blas.set_num_threads(min(self.before, torch.get_num_threads()))
+                blas.set_num_threads(1)
             self.users += 1
+            threads = min(self.before, torch.get_num_threads())
         try:
-            yield
+            yield threads
         finally:
             with self.lock:
                 self.users -= 1
@@ -165,7 +172,7 @@ class _ThreadsOfBlas:
 
 
 _threads = _ThreadsOfBlas()
-bounded_threads = _threads.bounded
+one_thread_a_product = _threads.one
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.__init__)  # whoever held the lock is not in the child
 
@@ -186,11 +193,11 @@ def _measured_gain(dtype):
     hidden = torch.randn(rows, width, dtype=dtype, generator=generator)
     weight = torch.randn(classes, width, dtype=dtype, generator=generator)
     out = torch.empty(rows, classes, dtype=dtype)
-    arrays = hidden.numpy(), weight.numpy().T, out.numpy()
-    # PyTorch first: the threads of OpenBLAS look out for more work, and keep its own from theirs, for some time.
+    arrays = hidden.numpy(), out.numpy()
     of_torch = _best_time(lambda: torch.mm(hidden, weight.T, out=out))
-    with bounded_threads():
-        of_numpy = _best_time(lambda: np.matmul(arrays[0], arrays[1], out=arrays[2]))
+    with one_thread_a_product() as threads:
+        products = linear.Products(weight.numpy(), threads)
+        of_numpy = _best_time(lambda: products.logits(*arrays))
     return of_torch / of_numpy
 
 
