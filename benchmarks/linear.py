@@ -232,7 +232,7 @@ def names(case):
 
 
 def measure_times(case, operation, threads):
-    """{name: seconds of each round}"""
+    """({name: seconds of each round}, who multiplied)"""
     problem = Problem(case)
     small = problem.first_rows()
     computed, losses = {}, []
@@ -252,7 +252,13 @@ def measure_times(case, operation, threads):
     for limit, _ in losses:  # of all that are as exact or more
         some = [loss for exact, loss in losses if exact <= limit]
         assert max(some) - min(some) <= limit * abs(some[0]), losses
-    return {name: found[case.rounds > 1 :] for name, found in seconds.items()}
+    return {name: found[case.rounds > 1 :] for name, found in seconds.items()}, multiplied_by()
+
+
+def multiplied_by():
+    """The BLAS and its kernels, and which of them tensors had, as show_config() says it."""
+    config = pyx_xent.show_config()
+    return "; ".join([*config["blas"], config["matmul"]])
 
 
 def extra_memory(case, operation, name, threads):
@@ -273,7 +279,7 @@ def measure(threads):
     with tqdm(total=sum(len(case.operations) for case in CASES), unit=" groups") as progress:
         for case in CASES:
             for operation in case.operations:
-                seconds = in_a_process(measure_times, case, operation, threads)
+                seconds, blas = in_a_process(measure_times, case, operation, threads)
                 for name, rounds in seconds.items():
                     torchs = TORCH_PRODUCTS in seconds and name not in (PRODUCTS, OURS)
                     base = seconds.get(TORCH_PRODUCTS if torchs else PRODUCTS)
@@ -283,6 +289,7 @@ def measure(threads):
                     found.append({
                         "case": str(case), "reason": case.reason, "operation": operation, "name": name, "min": min(rounds),
                         "median": statistics.median(rounds), "over_products": base and min(rounds) / min(base), "memory": extra,
+                        "blas": blas,
                     })  # fmt: skip
                 progress.update()
     return found
@@ -295,7 +302,8 @@ def groups(records):
     """{heading: cells of each peer, from fast to slow}"""
     found = {}
     for record in records:
-        found.setdefault(f"{record['operation']}, {record['case']} ({record['reason']})", []).append(record)
+        heading = f"{record['operation']}, {record['case']} ({record['reason']}; {record['blas']})"
+        found.setdefault(heading, []).append(record)
     return {heading: [_cells(one) for one in sorted(some, key=lambda one: one["min"])] for heading, some in found.items()}
 
 

@@ -236,6 +236,57 @@ def test_the_environment_variable_chooses():
     assert "PYX_XENT_MATMUL must be one of 'auto', 'numpy', 'torch', got 'mkl'" in run(code, PYX_XENT_MATMUL="mkl").stderr
 
 
+SETUP = """if True:
+    import os, resource, signal, threading, torch, pyx_xent.torch as px
+    from pyx_xent.torch import _matmul
+    torch.set_num_threads(2)
+    threads = _matmul.numpy_blas().get_num_threads()
+    hidden, target = torch.ones(2000, 200, requires_grad=True), torch.zeros(2000, dtype=int)
+    weight = torch.zeros(100_000, 200, requires_grad=True)
+    px.linear_cross_entropy(hidden[:3], weight, target[:3]).backward()
+    weight.grad = None
+"""
+AS_EVER = """
+    assert _matmul.numpy_blas().get_num_threads() == threads
+    assert 11 < px.linear_cross_entropy(hidden[:3], weight, target[:3]) < 12
+    print("as ever")"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="sends a signal as POSIX does")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_either_hears_ctrl_c(library):
+    code = f"""
+    many, targets = hidden.detach().repeat(300, 1), target.repeat(300)  # a minute of products and more
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        px.linear_cross_entropy(many, weight, targets)
+    except KeyboardInterrupt:
+        print("interrupted")
+    {AS_EVER}"""
+    result = run(SETUP + code, PYX_XENT_MATMUL=library)
+    assert result.stdout == "interrupted\nas ever\n", result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_either_stays_usable_without_memory_for_the_gradients(library):
+    code = f"""
+    px.reuse_gradients(0)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), limits[1]))
+    try:
+        px.linear_cross_entropy(hidden, weight, target).backward()
+    except MemoryError as error:
+        print("MemoryError")
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert hidden.grad[5:].count_nonzero() == 0 and weight.grad is None
+    {AS_EVER}"""
+    result = run(SETUP + code, PYX_XENT_MATMUL=library)
+    assert result.stdout == "MemoryError\nas ever\n", result.stderr
+
+
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match="library must be one of 'auto', 'numpy', 'torch', got 'MKL'"):
         ours.set_matmul("MKL")

@@ -65,7 +65,8 @@ class TorchProducts(NumpyProducts):
 
     def grad_hidden(self, gradient):
         gradient = tensor_of(gradient)
-        return sum(torch.mm(gradient[:, some], self.of_classes(some)).to(self.wide_dtype) for some in self.converted(self.everything)).numpy()
+        parts = (torch.mm(gradient[:, some], self.of_classes(some)) for some in self.converted(self.everything))
+        return sum(part.to(self.wide_dtype) for part in parts).numpy()
 
     def add_grad_weight(self, gradient, hidden, total, first):
         gradient, hidden, total = tensor_of(gradient).T, tensor_of(hidden).to(self.multiplied), tensor_of(total)
