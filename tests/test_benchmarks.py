@@ -490,7 +490,8 @@ def test_linear_times_become_a_table(tmp_path, monkeypatch):
     file.write_text(json.dumps(linear.measure(1)))
     pytest.importorskip("matplotlib")
     text = report.write([saved(tmp_path)[0]], tmp_path / "page", linear=file).read_text(encoding="utf-8")
-    assert "## loss + gradient, 64x8x30 (tiny)" in text
+    assert "## loss + gradient, 64x8x30 (tiny; " in text
+    assert "arrays by numpy" in text
     assert "| pyx_xent | " in text.partition("64x8x30")[2]
 
 
