@@ -4,8 +4,8 @@ Problem         the checked arguments, and what is done between the products: bi
 Gradients       what the rows add up to
 Products        the three matrix products by NumPy's BLAS; pyx_xent.torch has PyTorch's in their place
 
-Memory of its own is a buffer of `chunk_bytes` for logits, and PART_BYTES beside it; for half types the float32 sums of the
-gradient with respect to linear_weight, too. Like the gradients it comes from _memory: the next call uses it again.
+Memory of its own is a buffer of `chunk_bytes` for logits, and PART_BYTES a thread beside it; for half types the float32 sums
+of the gradient with respect to linear_weight, too. Like the gradients it comes from _memory: the next call uses it again.
 """
 
 import _thread
@@ -211,13 +211,13 @@ class Products:
         classes, width = linear_weight.shape
         self.size = max(1, PART_BYTES // max(1, width * self.dtype.itemsize))
         self.everything = slice(0, classes)
-        self.shares = list(_split(self.everything, max(1, -(-classes // threads))))  # of the classes, one a thread
+        self.shares = list(split(self.everything, max(1, -(-classes // threads))))  # of the classes, one a thread
         self._converts = linear_weight.dtype != self.dtype
         self._part = [None] * len(self.shares)
 
     def parts(self, classes):
         """Some classes in parts of PART_BYTES of linear_weight, or of the gradient with respect to it."""
-        return _split(classes, self.size)
+        return split(classes, self.size)
 
     def converted(self, classes):
         """Some classes in the parts that are converted at once."""
@@ -279,7 +279,7 @@ class Products:
         return np.ones(len(gradient), gradient.dtype) @ gradient
 
 
-def _split(some, size):
+def split(some, size):
     """A slice as slices of `size`; the last may be shorter."""
     return (slice(first, min(first + size, some.stop)) for first in range(some.start, max(some.start + 1, some.stop), size))
 
@@ -441,7 +441,7 @@ class Problem:
         """Compute the losses of some rows; -> their hidden, as multiplied, and the gradient of the product, (rows, C)."""
         hidden, logits = self.hidden_of(rows), self.buffer[: len(rows)]
         self.products.logits(hidden, logits)
-        parts = list(_split(slice(0, len(rows)), -(-len(rows) // self.parts)))
+        parts = list(split(slice(0, len(rows)), -(-len(rows) // self.parts)))
 
         def finish(part):
             self._finish(rows[part], logits[part], want_gradient)
@@ -456,7 +456,7 @@ class Problem:
             self._losses(rows, products, want_gradient)
             return
         size = max(1, LOGITS_AT_ONCE // products.shape[1])
-        for some in (slice(first, first + size) for first in range(0, len(rows), size)):
+        for some in split(slice(0, len(rows)), size):
             logits = self.products.wide(products[some])
             if self.bias is not None:
                 logits += self.bias

@@ -59,8 +59,7 @@ class TorchProducts(NumpyProducts):
     def logits(self, hidden, out):
         hidden, out = tensor_of(hidden).to(self.multiplied), tensor_of(out)
         size = len(self.tensor) if self.multiplied is torch.bfloat16 else self.CLASSES_AT_ONCE
-        for first in range(0, len(self.tensor), max(1, size)):
-            some = slice(first, first + size)
+        for some in linear.split(self.everything, max(1, size)):
             torch.mm(hidden, self.of_classes(some).T, out=out[:, some])
 
     def grad_hidden(self, gradient):
