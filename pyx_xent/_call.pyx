@@ -46,6 +46,7 @@ from pyx_xent._problem cimport (
     SOFTMAX_BACKWARD,
     Environment,
     Operation,
+    Options as KernelOptions,
     Plan,
     Problem,
     Storage,
@@ -229,7 +230,7 @@ cdef int check_loss(Call call, Options o) except -1:
     cdef bint soft = cnp.PyArray_SAMESHAPE(x, y) and p.operation != NLL
     cdef int64_t* label = NULL
     cdef Py_ssize_t live
-    p.options.label_smoothing, p.options.z_loss = o.label_smoothing, o.z_loss
+    p.options = o.numbers
     call.reduction = o.reduction
     call.axis = class_axis(o.axis, cnp.PyArray_NDIM(x), o.name)
     call.classes = cnp.PyArray_DIM(x, call.axis)
@@ -239,6 +240,8 @@ cdef int check_loss(Call call, Options o) except -1:
         call.weight = o.weight
     if soft:
         loss_dtype = dtype_with_probabilities(loss_dtype, y, o)
+        if o.numbers.focal_gamma != 0:
+            raise ValueError(f"focal_gamma needs class indices for target, got class probabilities {(<object>y).shape}")
     else:
         check_target_shape(y, x, call.axis, o.axis is not None, o.if_last)
     p.is_double = loss_dtype is float64
@@ -482,7 +485,7 @@ def rounded_losses(cnp.ndarray losses not None, dtype):
 
 
 def nll(log_probs, target, Options options not None, out=None, num_threads=None):
-    """The negative log-likelihood alone; of the options, label_smoothing and z_loss are not looked at."""
+    """The negative log-likelihood alone; of the options, label_smoothing, z_loss and focal_gamma are not looked at."""
     return loss_alone(NLL, log_probs, target, options, out, num_threads)
 
 

@@ -161,6 +161,13 @@ cdef double as_smoothing(object label_smoothing) except -1.0:
     return smoothing
 
 
+cdef double as_factor(object value, str name) except -1.0:
+    cdef double factor = as_double(value, name)
+    if not 0.0 <= factor < INFINITY:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return factor
+
+
 cdef int64_t as_ignore_index(object ignore_index) except? -1:
     try:
         return ignore_index if type(ignore_index) is int else operator.index(ignore_index)
@@ -202,8 +209,7 @@ cdef class Options:
 
     cdef readonly object weight                   # an array of real numbers, or None
     cdef readonly object sample_weight
-    cdef readonly double label_smoothing
-    cdef readonly double z_loss
+    cdef KernelOptions numbers                    # what kernels take as it is; nothing in it points anywhere yet
     cdef int64_t ignore_index
     cdef int reduction
     cdef int empty
@@ -220,7 +226,7 @@ cdef class Options:
         """Of some rows of the same loss, not reduced: of labels and weights that are checked already, copies or None."""
         cdef Options o = Options.__new__(Options)
         o.weight, o.sample_weight = weight, sample_weight
-        o.label_smoothing, o.z_loss = self.label_smoothing, self.z_loss
+        o.numbers = self.numbers
         o.ignore_index = -100
         o.reduction = NONE
         o.axis = -1
@@ -230,7 +236,7 @@ cdef class Options:
 
 def options(
     weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=None, sample_weight=None, normalizer=None,
-    z_loss=0.0, empty="nan", loss_dtype=None, name="logits", if_last="pass axis=-1 if it is the last",
+    z_loss=0.0, empty="nan", focal_gamma=0.0, loss_dtype=None, name="logits", if_last="pass axis=-1 if it is the last",
     if_binary="numpy.stack([0 * x, x], 1)",
 ):
     """The Options of pyx_xent.cross_entropy, converted; an error if one of them makes no sense for any loss."""
@@ -241,7 +247,7 @@ def options(
         o.sample_weight = as_real(sample_weight, "sample_weight")
     o.ignore_index = as_ignore_index(ignore_index)
     o.reduction = as_reduction(reduction)
-    o.label_smoothing = as_smoothing(label_smoothing)
+    o.numbers.label_smoothing = as_smoothing(label_smoothing)
     if axis is not None:
         o.axis = int(operator.index(axis))        # int: not of a class that compares in its own way
     if normalizer is not None:
@@ -249,9 +255,10 @@ def options(
             raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
         o.has_normalizer = True
         o.normalizer = as_double(normalizer, "normalizer")
-    o.z_loss = as_double(z_loss, "z_loss")
-    if not 0.0 <= o.z_loss < INFINITY:
-        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    o.numbers.z_loss = as_factor(z_loss, "z_loss")
+    o.numbers.focal_gamma = as_factor(focal_gamma, "focal_gamma")
+    if o.numbers.focal_gamma != 0 and o.numbers.label_smoothing != 0:
+        raise ValueError(f"focal_gamma does not go together with label_smoothing, got {focal_gamma} and {label_smoothing}")
     o.empty = as_empty(empty)
     o.loss_dtype = as_loss_dtype(loss_dtype)
     o.name, o.if_last, o.if_binary = name, if_last, if_binary

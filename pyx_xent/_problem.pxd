@@ -44,6 +44,7 @@ cdef struct Strided:
 cdef struct Options:
     double label_smoothing
     double z_loss
+    double focal_gamma            # 0: not focal
     const void* weight            # in   (classes,)  float or double, as computed; NULL: 1
     double weight_sum             # of all classes; without weight their number
     const double* sample_weight   # in   (positions,)  NULL: 1. A row of weight 0 is not looked at

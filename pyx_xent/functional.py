@@ -27,6 +27,7 @@ def cross_entropy(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     loss_dtype=None,
     out=None,
     num_threads=None,
@@ -40,6 +41,8 @@ def cross_entropy(
     and a row with class probabilities q, q' = (1-ε) q + ε/C ::
 
         L = Σ_c w_c q'_c (lse - x_c)                                     + z_loss lse²
+
+    Focal loss, with p_y = exp(x_y - lse), multiplies the first of these, less z_loss lse², with (1 - p_y)^focal_gamma.
 
     Nothing of the size of the logits is allocated or written.
 
@@ -70,6 +73,9 @@ def cross_entropy(
     empty : {"nan", "zero", "raise"}
         What "mean" gives when nothing counts: no row, all ignored, or all that would count have a sample weight or class weight
         of 0 (which `normalizer` makes a mean like any other). With "zero" the gradient is 0, too; "raise" is a ValueError.
+    focal_gamma : float
+        γ of the focal loss of Lin et al. (2017, arXiv:1708.02002), which counts rows less whose class has a high probability
+        already. Only with class indices and without label smoothing; their α is `weight`. The divisor of "mean" is the same.
     loss_dtype : float32 or float64, optional
         Dtype of the loss, which is computed in float64: at least as wide as the one below.
     out : ndarray, optional
@@ -108,8 +114,9 @@ def cross_entropy(
     array([0.2413, 0.    ])
     """
     options = _call.options(
-        weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, loss_dtype
-    )
+        weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, focal_gamma,
+        loss_dtype,
+    )  # fmt: skip
     call = _call.cross_entropy(logits, target, options, out, num_threads)
     call.run()
     return call.loss()
@@ -128,6 +135,7 @@ def cross_entropy_with_grad(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     loss_dtype=None,
     out=None,
     num_threads=None,
@@ -140,10 +148,14 @@ def cross_entropy_with_grad(
 
         ∂/∂x_c = g s [(1-ε) w_y (p_c - δ_cy) + ε/C (p_c Σ_k w_k - w_c) + 2 z_loss lse p_c]
 
+    and for focal loss, with γ = focal_gamma, ::
+
+        ∂/∂x_c = g s [w_y (p_c - δ_cy) ((1-p_y)^γ - γ p_y (1-p_y)^(γ-1) log p_y) + 2 z_loss lse p_c]
+
     Parameters
     ----------
     logits, target, weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, \
-loss_dtype, out, num_threads
+focal_gamma, loss_dtype, out, num_threads
         As for `cross_entropy`.
     grad_output : float or array_like, optional
         Upstream gradient g: a scalar, or for reduction "none" also an array with the shape of the loss. 1 by default.
@@ -172,8 +184,9 @@ loss_dtype, out, num_threads
            [ 0.0226, -0.0453,  0.0226]])
     """
     options = _call.options(
-        weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, loss_dtype
-    )
+        weight, ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, empty, focal_gamma,
+        loss_dtype,
+    )  # fmt: skip
     call = _call.cross_entropy_with_grad(logits, target, options, out, num_threads, grad_output, grad_out)
     call.run()
     return call.loss(), call.gradient()

@@ -42,6 +42,7 @@ def linear_cross_entropy(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     loss_dtype=None,
     logit_scale=1.0,
     softcap=None,
@@ -63,7 +64,8 @@ def linear_cross_entropy(
         out of the products. Or class probabilities, with C for the last axis.
     linear_bias : array_like, shape (C,), optional
         Of the dtype of `hidden`.
-    weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, z_loss, empty, loss_dtype, out, num_threads
+    weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, z_loss, empty, focal_gamma, loss_dtype, out, \
+num_threads
         As for `cross_entropy`. `num_threads` is of the loss; the products have those of NumPy's BLAS.
     logit_scale : float
         Multiplies the logits, before `softcap`.
@@ -95,7 +97,7 @@ def linear_cross_entropy(
     0.1324
     """
     options = _call.options(
-        weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty, loss_dtype
+        weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty, focal_gamma, loss_dtype
     )
     problem = Problem(
         hidden, linear_weight, target, options, linear_bias=linear_bias, logit_scale=logit_scale, softcap=softcap, shift=shift,
@@ -118,6 +120,7 @@ def linear_cross_entropy_with_grad(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     loss_dtype=None,
     logit_scale=1.0,
     softcap=None,
@@ -134,7 +137,7 @@ def linear_cross_entropy_with_grad(
     Parameters
     ----------
     hidden, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, \
-z_loss, empty, loss_dtype, logit_scale, softcap, shift, out, num_threads, chunk_bytes
+z_loss, empty, focal_gamma, loss_dtype, logit_scale, softcap, shift, out, num_threads, chunk_bytes
         As for `linear_cross_entropy`.
     grad_output : float or array_like, optional
         Upstream gradient: a scalar, or for reduction "none" also an array with the shape of the loss. 1 by default.
@@ -167,7 +170,7 @@ z_loss, empty, loss_dtype, logit_scale, softcap, shift, out, num_threads, chunk_
     True
     """
     options = _call.options(
-        weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty, loss_dtype
+        weight, ignore_index, reduction, label_smoothing, -1, sample_weight, normalizer, z_loss, empty, focal_gamma, loss_dtype
     )
     problem = Problem(
         hidden, linear_weight, target, options, linear_bias=linear_bias, logit_scale=logit_scale, softcap=softcap, shift=shift,

@@ -1,23 +1,23 @@
 """Objects with the constructors of torch.nn's modules: called for the loss, asked afterwards for the gradient."""
 
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any
+
 from . import _call, functional
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "Softmax"]
 
 
-class _Options:
-    """Keeps keyword options as attributes, which may be set later and show in repr, and the last call for backward()."""
+class _Criterion:
+    """Of a dataclass whose fields are options, which may be set later: it keeps the last call for backward()."""
 
-    def __init__(self, **options):
-        vars(self).update(options)
-        self._last = None
+    _last = None
 
     def __getstate__(self):
         return vars(self) | {"_last": None}
 
-    def __repr__(self):
-        options = (f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
-        return f"{type(self).__name__}({', '.join(options)})"
+    def _options(self):
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _last_call(self):
         last = self._last  # read once: another thread may call
@@ -26,7 +26,8 @@ class _Options:
         return last
 
 
-class CrossEntropyLoss(_Options):
+@dataclass(eq=False)
+class CrossEntropyLoss(_Criterion):
     """Cross-entropy with the arguments of ``torch.nn.CrossEntropyLoss``.
 
     Calling it gives the loss; `backward` the gradient, from the logits and two numbers a row that the call has kept. The
@@ -34,7 +35,7 @@ class CrossEntropyLoss(_Options):
 
     Parameters
     ----------
-    weight, ignore_index, reduction, label_smoothing, axis, z_loss, empty, loss_dtype
+    weight, ignore_index, reduction, label_smoothing, axis, z_loss, empty, focal_gamma, loss_dtype
         As for `pyx_xent.cross_entropy`. They are attributes, which may be set later.
 
     Examples
@@ -48,30 +49,21 @@ class CrossEntropyLoss(_Options):
     array([[-0.1477,  0.142 ,  0.0058]])
     """
 
-    def __init__(
-        self,
-        weight=None,
-        *,
-        ignore_index=-100,
-        reduction="mean",
-        label_smoothing=0.0,
-        axis=None,
-        z_loss=0.0,
-        empty="nan",
-        loss_dtype=None,
-    ):
-        super().__init__(
-            weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, axis=axis,
-            z_loss=z_loss, empty=empty, loss_dtype=loss_dtype,
-        )  # fmt: skip
+    weight: Any = None
+    _: KW_ONLY
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    axis: int | None = None
+    z_loss: float = 0.0
+    empty: str = "nan"
+    focal_gamma: float = 0.0
+    loss_dtype: Any = None
 
     def __call__(self, logits, target, *, sample_weight=None, normalizer=None):
         """The loss of `logits` for `target`; see `pyx_xent.cross_entropy` for shapes, dtypes and errors."""
         self._last = None
-        options = _call.options(
-            self.weight, self.ignore_index, self.reduction, self.label_smoothing, self.axis, sample_weight, normalizer,
-            self.z_loss, self.empty, self.loss_dtype,
-        )  # fmt: skip
+        options = _call.options(sample_weight=sample_weight, normalizer=normalizer, **self._options())
         call = _call.cross_entropy_with_state(logits, target, options)
         call.run()
         self._last = call
@@ -102,7 +94,8 @@ class CrossEntropyLoss(_Options):
         return call.gradient()
 
 
-class NLLLoss(_Options):
+@dataclass(eq=False)
+class NLLLoss(_Criterion):
     """Negative log-likelihood with the arguments of ``torch.nn.NLLLoss``; `backward` as for `CrossEntropyLoss`.
 
     Examples
@@ -115,18 +108,18 @@ class NLLLoss(_Options):
     array([[ 0., -1.]])
     """
 
-    def __init__(self, weight=None, *, ignore_index=-100, reduction="mean", axis=None, empty="nan", loss_dtype=None):
-        super().__init__(
-            weight=weight, ignore_index=ignore_index, reduction=reduction, axis=axis, empty=empty, loss_dtype=loss_dtype
-        )
+    weight: Any = None
+    _: KW_ONLY
+    ignore_index: int = -100
+    reduction: str = "mean"
+    axis: int | None = None
+    empty: str = "nan"
+    loss_dtype: Any = None
 
     def __call__(self, log_probs, target, *, sample_weight=None, normalizer=None):
         """The loss of `log_probs` for `target`; see `pyx_xent.nll_loss`."""
         self._last = None
-        options = _call.options(
-            self.weight, self.ignore_index, self.reduction, axis=self.axis, sample_weight=sample_weight, normalizer=normalizer,
-            empty=self.empty, loss_dtype=self.loss_dtype, name="log_probs",
-        )  # fmt: skip
+        options = _call.options(sample_weight=sample_weight, normalizer=normalizer, name="log_probs", **self._options())
         call = _call.nll(log_probs, target, options)
         call.run()
         self._last = call
@@ -135,7 +128,8 @@ class NLLLoss(_Options):
     backward = CrossEntropyLoss.backward
 
 
-class Softmax(_Options):
+@dataclass(eq=False)
+class Softmax(_Criterion):
     """Softmax along `dim`, as ``torch.nn.Softmax``; `backward` takes the gradient with respect to the result.
 
     Examples
@@ -148,11 +142,10 @@ class Softmax(_Options):
     array([[ 0.1875, -0.1875]])
     """
 
+    dim: int = -1
+
     _forward = staticmethod(functional.softmax)
     _backward = staticmethod(functional.softmax_backward)
-
-    def __init__(self, dim=-1):
-        super().__init__(dim=dim)
 
     def __call__(self, x):
         """The result of `pyx_xent.softmax` (`log_softmax`), of the shape and dtype of `x`."""

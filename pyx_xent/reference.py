@@ -61,9 +61,10 @@ def cross_entropy_with_grad(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     grad_output=1.0,
 ):
-    """SPEC S14 to S16, S23, S24, S26, S31: (loss, gradient), both float64."""
+    """SPEC S14 to S16, S23, S24, S26, S31, S46: (loss, gradient), both float64."""
     logits = np.asarray(logits, np.float64)
     target = np.asarray(target)
     axis = (0 if logits.ndim == 1 else 1) if axis is None else axis
@@ -100,6 +101,13 @@ def cross_entropy_with_grad(
             mass = (1 - eps) * w_y + eps / max(classes, 1) * w.sum()
             own = (1 - eps) * w_y[..., None] * onehot + eps / max(classes, 1) * w
             divisor = (r * s * w_y).sum()
+        if focal_gamma:
+            others, p_y = np.where(onehot, 0.0, p).sum(-1), np.exp(ell_y)  # others: 1 - p_y
+            factor = others**focal_gamma
+            own_part = np.where(p_y == 0, 0.0, np.where(others == 0, 1.0, p_y * -ell_y / others))
+            nll = factor * nll
+            factor = factor * (1 + focal_gamma * own_part)  # (1 - p)^γ - γ p (1 - p)^(γ - 1) log p
+            mass, own = factor * mass, factor[..., None] * own
         loss = s * (nll + (z_loss * lse**2 if z_loss else 0.0))
         loss = np.where(r, loss, 0.0)
         g = s * np.asarray(grad_output, np.float64)

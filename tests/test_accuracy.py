@@ -137,6 +137,25 @@ def test_loss_and_gradient_are_right_to_the_last_places(isa, dtype, name, kind, 
     assert ulps(grad, expected_grad, measured_at) <= ENTRY_ULP[dtype]
 
 
+@pytest.mark.spec("S34", "S46")
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
+def test_focal_loss_keeps_the_digits_of_confident_rows(isa, dtype, gamma, kind, classes):
+    """A rounding of 1 - p counts gamma times; where gamma is no whole number, that of its logarithm as it is large."""
+    logits, _ = problem(kind, classes, dtype)
+    target, _ = target_of("index", kind, classes, dtype)
+    ell, own = log_probabilities(kind, classes, dtype), np.arange(classes) == target[:, None]
+    p = np.exp(ell)
+    others, log_p = np.where(own, 0, p).sum(-1), ell[own]
+    factor = others**gamma * (1 - gamma * p[own] * log_p / others)
+    grad = factor[:, None] * np.where(own, -others[:, None], p)
+    loss, found = px.cross_entropy_with_grad(logits, target, reduction="none", focal_gamma=gamma)
+    slack = 0 if gamma % 1 == 0 or dtype is np.float32 else 64
+    assert ulps(loss, others**gamma * -log_p) <= LOSS_ULP[dtype] * (1 + gamma) + slack
+    assert ulps(found, grad) <= ENTRY_ULP[dtype] + LOSS_ULP[dtype] * gamma + slack
+
+
 @pytest.mark.spec("S13", "S34")
 @pytest.mark.parametrize("label_smoothing", [0, 0.1])
 @pytest.mark.parametrize("classes", [2, 10, 37, 100])

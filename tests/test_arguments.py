@@ -190,6 +190,13 @@ def test_nll_loss_has_no_soft_targets():
     ({"reduction": None}, ValueError, "None is not a valid value for reduction"),
     ({"z_loss": -1.0}, ValueError, "z_loss must be finite and not negative, got -1.0"),
     ({"z_loss": np.inf}, ValueError, "z_loss must be finite and not negative, got inf"),
+    ({"focal_gamma": -1.0}, ValueError, "focal_gamma must be finite and not negative, got -1.0"),
+    ({"focal_gamma": np.nan}, ValueError, "focal_gamma must be finite and not negative, got nan"),
+    ({"focal_gamma": "a"}, TypeError, "focal_gamma must be a number, got 'a'"),
+    (
+        {"focal_gamma": 2.0, "label_smoothing": 0.1}, ValueError,
+        "focal_gamma does not go together with label_smoothing, got 2.0 and 0.1",
+    ),
     ({"empty": "none"}, ValueError, "empty must be 'nan', 'zero' or 'raise', got 'none'"),
     ({"normalizer": 2.0, "reduction": "sum"}, ValueError, "normalizer replaces the divisor of reduction='mean'"),
     ({"normalizer": "a"}, TypeError, "normalizer must be a number, got 'a'"),
@@ -226,6 +233,14 @@ def test_soft_targets_and_ignore_index():
         with raises(ValueError, "ignore_index is not supported for floating point target"):
             px.cross_entropy(logits, target, ignore_index=ignored)
     assert px.cross_entropy(logits, target, ignore_index=-1) == pytest.approx(np.log(3))
+
+
+@pytest.mark.spec("S46")
+def test_focal_loss_needs_class_indices():
+    with raises(ValueError, "focal_gamma needs class indices for target, got class probabilities (2, 3)"):
+        px.cross_entropy(np.zeros((2, 3)), np.full((2, 3), 1 / 3), focal_gamma=2.0)
+    with pytest.raises(TypeError, match="focal_gamma"):
+        px.nll_loss(np.zeros((2, 3)), [0, 1], focal_gamma=2.0)
 
 
 @pytest.mark.spec("S35")

@@ -10,7 +10,15 @@ from pyx_xent import _dispatch, _threads
 pytestmark = pytest.mark.spec("S36", "S7")
 
 CLASSES = [1, 2, 10, 16, 31, 32, 33, 64, 65, 128, 130, 244, 257, 1000, 2050, 4100]
-OPTIONS = [{}, {"label_smoothing": 0.1, "z_loss": 0.01}]
+SMOOTHED = {"label_smoothing": 0.1, "z_loss": 0.01}
+KINDS = {  # is the target class probabilities, options
+    "index": (False, {}),
+    "index, smoothed": (False, SMOOTHED),
+    "index, focal": (False, {"focal_gamma": 1.5}),
+    "soft": (True, {}),
+    "soft, smoothed": (True, SMOOTHED),
+}
+of_each_kind = pytest.mark.parametrize(("soft", "options"), KINDS.values(), ids=KINDS)
 
 
 def problem(rng, rows, classes, dtype, soft):
@@ -50,8 +58,7 @@ def layouts(array):
 
 
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothed"])
+@of_each_kind
 def test_result_does_not_depend_on_memory_layout(isa, dtype, rng, classes, soft, options):
     logits, target = problem(rng, 37, classes, dtype, soft)
     expected = px.cross_entropy_with_grad(logits, target, reduction="none", **options)
@@ -70,8 +77,7 @@ def test_result_does_not_depend_on_memory_layout(isa, dtype, rng, classes, soft,
 
 
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothed"])
+@of_each_kind
 def test_class_axis_inside_gives_the_bits_of_class_axis_last(isa, dtype, rng, classes, soft, options):
     logits, target = problem(rng, 2 * 37, classes, dtype, soft)
     expected = px.cross_entropy_with_grad(logits, target, reduction="none", **options)
@@ -91,33 +97,32 @@ def test_class_axis_inside_gives_the_bits_of_class_axis_last(isa, dtype, rng, cl
 
 
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-def test_result_does_not_depend_on_thread_count_or_batch_split(isa, dtype, rng, many_threads, classes, soft):
+@of_each_kind
+def test_result_does_not_depend_on_thread_count_or_batch_split(isa, dtype, rng, many_threads, classes, soft, options):
     logits, target = problem(rng, 300, classes, dtype, soft)
     for reduction in ("none", "mean"):
-        options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 0.01}
-        expected = px.cross_entropy_with_grad(logits, target, num_threads=1, **options)
+        expected = px.cross_entropy_with_grad(logits, target, num_threads=1, reduction=reduction, **options)
         for threads in (2, 3, 4):
-            result = px.cross_entropy_with_grad(logits, target, num_threads=threads, **options)
+            result = px.cross_entropy_with_grad(logits, target, num_threads=threads, reduction=reduction, **options)
             assert same_bits(result[0], expected[0])
             assert same_bits(result[1], expected[1])
-    loss, grad = px.cross_entropy_with_grad(logits, target, reduction="none")
+    loss, grad = px.cross_entropy_with_grad(logits, target, reduction="none", **options)
     for part in (slice(0, 1), slice(1, 2), slice(2, 19), slice(19, 300)):
-        part_loss, part_grad = px.cross_entropy_with_grad(logits[part], target[part], reduction="none")
+        part_loss, part_grad = px.cross_entropy_with_grad(logits[part], target[part], reduction="none", **options)
         assert same_bits(part_loss, loss[part])
         assert same_bits(part_grad, grad[part])
 
 
 @pytest.mark.parametrize("classes", [2, 10, 33, 1000, 4100])
-@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-def test_avx2_and_avx512_give_the_same_bits(dtype, rng, classes, soft):
+@of_each_kind
+def test_avx2_and_avx512_give_the_same_bits(dtype, rng, classes, soft, options):
     if "avx512" not in _dispatch.supported:
         pytest.skip("this processor has no AVX-512")
     logits, target = problem(rng, 50, classes, dtype, soft)
     results = []
     for isa in ("avx2", "avx512"):
         with _dispatch.use(isa):
-            loss, grad = px.cross_entropy_with_grad(logits, target, reduction="none", label_smoothing=0.1)
+            loss, grad = px.cross_entropy_with_grad(logits, target, reduction="none", **options)
             results.append([loss, grad, px.softmax(logits), px.log_softmax(logits)])
     for a, b in zip(*results, strict=True):
         assert same_bits(a, b)

@@ -63,6 +63,10 @@ class TestSection6:
         assert smoothed == INF
         assert np.isfinite(smoothed_grad).all()
         assert run(row, self.soft(row), layout)[0] == INF
+        for gamma in (0.5, 2.0):
+            focal, focal_grad = run(row, 1, layout, focal_gamma=gamma)
+            assert focal == INF
+            np.testing.assert_allclose(focal_grad, grad, rtol=1e-14)
 
     @pytest.mark.parametrize(
         "bad", [[-INF] * 3, [0, INF, 1], [INF, 0, 1], [INF, INF, 0], [NAN, 0, 1], [0, NAN, 1], [0, 1, NAN]]
@@ -71,9 +75,11 @@ class TestSection6:
     def test_rows_without_a_distribution_are_nan_everywhere(self, isa, dtype, layout, bad, smoothing):
         row = widened(bad, layout, dtype)
         for target in (1, self.soft(row)):
-            loss, grad = run(row, target, layout, label_smoothing=smoothing)
-            assert np.isnan(loss)
-            assert np.isnan(grad).all()
+            focal = {"focal_gamma": 1.5} if np.ndim(target) == 0 and not smoothing else {}
+            for options in ({}, focal):
+                loss, grad = run(row, target, layout, label_smoothing=smoothing, **options)
+                assert np.isnan(loss)
+                assert np.isnan(grad).all()
         assert np.isnan(px.softmax(row)).all()
         assert np.isnan(px.log_softmax(row)).all()
 
@@ -93,6 +99,21 @@ class TestSection6:
         weight = np.ones(row.size)
         weight[1] = 0
         assert np.isnan(run(row, 1, layout, weight=weight)[0])
+
+
+@pytest.mark.spec("S46")
+@pytest.mark.parametrize("gamma", [0.25, 1.0, 3.0, 1e300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_focal_loss_where_the_target_has_everything_or_nothing(isa, dtype, layout, gamma):
+    sure = widened([0, 5000, 1], layout, dtype)
+    loss, grad = run(sure, 1, layout, focal_gamma=gamma)
+    assert loss == 0
+    assert not grad.any()
+    loss, grad = run(sure, 0, layout, focal_gamma=gamma)
+    if gamma < 10:  # (1 - p)^gamma is 1, as long as 1 - p is
+        assert loss == 5000
+    np.testing.assert_array_equal(grad[:3], [-1, 1, 0])
+    assert px.cross_entropy(np.zeros((4, 1), dtype), np.zeros(4, int), focal_gamma=gamma) == 0
 
 
 @pytest.mark.spec("S29")

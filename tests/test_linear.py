@@ -73,8 +73,12 @@ def test_every_option(dtype, rng, soft, reduction, chunk_bytes):
         assert loss.dtype == found[0].dtype == dtype
 
 
-@pytest.mark.parametrize("options", [{"logit_scale": 0.3}, {"softcap": 2.0}, {"logit_scale": 3.0, "softcap": 5.0}], ids=str)
-def test_scaled_and_capped_logits(dtype, rng, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"logit_scale": 0.3}, {"softcap": 2.0}, {"logit_scale": 3.0, "softcap": 5.0}, {"focal_gamma": 2.0, "softcap": 2.0}],
+    ids=str,
+)
+def test_scaled_capped_and_focal(dtype, rng, options):
     hidden, weight, bias, target = problem(rng, dtype)
     found = px.linear_cross_entropy_with_grad(hidden, weight, target, linear_bias=bias, chunk_bytes=3 * CLASSES * 8, **options)
     check(found, explicit(hidden, weight, bias, target, **options), dtype)

@@ -89,6 +89,7 @@ FUSED = {
     ),
     "module": lambda x, t: torch.nn.CrossEntropyLoss(reduction="sum")(*flat(x, t)),
     "ours": lambda x, t: ours.cross_entropy(*flat(x, t), z_loss=1e-2, sample_weight=torch.linspace(0, 1, t.numel())),
+    "focal": lambda x, t: ours.cross_entropy(*flat(x, t), focal_gamma=2.0),
     "our module": lambda x, t: ours.CrossEntropyLoss(label_smoothing=0.1)(*flat(x, t)),
     "deprecated": lambda x, t: F.cross_entropy(*flat(x, t), size_average=False),
     "of what is detached": lambda x, t: F.cross_entropy(*flat(x, t)) + F.cross_entropy(*flat(x.detach(), t)),

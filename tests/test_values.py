@@ -86,14 +86,44 @@ def test_sample_weight_normalizer_and_z_loss(isa, dtype, rng, shape, soft):
         assert_close(grad, expected_grad, GRAD_TOLERANCE[dtype])
 
 
-@pytest.mark.spec("S31")
-@pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-def test_gradient_is_the_central_difference_of_the_loss(isa, rng, soft):
+@pytest.mark.spec("S46")
+@pytest.mark.parametrize("shape", [(5,), (17, 10), (6, 33), (2, 21, 5, 7), (2, 130, 33), (3, 5000)], ids=str)
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 2.25, 7.0])
+def test_focal_loss(isa, dtype, rng, shape, gamma):
+    logits = (4 * rng.normal(size=shape)).astype(dtype)
+    rows = without_class_axis(shape)
+    target = labels(rng, rows, classes_of(shape))
+    weight = rng.random(classes_of(shape)).astype(dtype)
+    for reduction, z, sampled in itertools.product(("none", "mean", "sum"), (0.0, 0.01), (False, True)):
+        options = {"reduction": reduction, "z_loss": z, "focal_gamma": gamma}
+        if sampled:
+            options["sample_weight"] = rng.random(rows)
+        loss, grad = px.cross_entropy_with_grad(logits, target, weight, **options)
+        expected, expected_grad = reference.cross_entropy_with_grad(logits, target, weight, **options)
+        assert_close(loss, expected, LOSS_TOLERANCE[dtype])
+        assert_close(grad, expected_grad, GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.spec("S46")
+@pytest.mark.parametrize("classes", [10, 100, 3000])
+def test_focal_loss_of_gamma_0_has_the_bits_of_plain(isa, dtype, rng, classes):
+    logits, target = rng.normal(size=(40, classes)).astype(dtype), rng.integers(0, classes, 40)
+    for plain, focal in zip(
+        px.cross_entropy_with_grad(logits, target), px.cross_entropy_with_grad(logits, target, focal_gamma=0), strict=True
+    ):
+        assert same_bits(plain, focal)
+
+
+@pytest.mark.spec("S31", "S46")
+@pytest.mark.parametrize("kind", ["index", "soft", "focal", "focal, gamma below 1"])
+def test_gradient_is_the_central_difference_of_the_loss(isa, rng, kind):
     logits = rng.normal(size=(3, 7))
-    target = rng.random((3, 7)) if soft else np.array([1, -100, 6])
-    options = {
-        "weight": rng.random(7), "label_smoothing": 0.2, "sample_weight": rng.random(3), "z_loss": 0.1,
-    }  # fmt: skip
+    target = rng.random((3, 7)) if kind == "soft" else np.array([1, -100, 6])
+    options = {"weight": rng.random(7), "sample_weight": rng.random(3), "z_loss": 0.1}
+    if kind.startswith("focal"):
+        options["focal_gamma"] = 2.0 if kind == "focal" else 0.3
+    else:
+        options["label_smoothing"] = 0.2
     _, grad = px.cross_entropy_with_grad(logits, target, **options)
     step = 1e-5
     for position in np.ndindex(*logits.shape):

@@ -209,6 +209,8 @@ def make(rng):
     if not nll:
         options["label_smoothing"] = float(rng.choice([0.0, 0.0, 0.1, 1.0]))
         options["z_loss"] = float(rng.choice([0.0, 0.0, 0.01]))
+        if inputs["target"].shape != shape and options["label_smoothing"] == 0:
+            options["focal_gamma"] = float(rng.choice([0.0, 0.0, 0.5, 2.0]))
         if rng.random() < 0.3:
             inputs["sample_weight"] = rng.random(rows)
         if options["reduction"] == "mean" and rng.random() < 0.2:
@@ -312,7 +314,7 @@ def other_option(rng, call):
     if call.name.startswith(("cross_entropy", "linear")):
         wrong += [("label_smoothing", 1.5, ValueError), ("label_smoothing", float("nan"), ValueError),
                   ("label_smoothing", "x", TypeError), ("z_loss", -1.0, ValueError), ("z_loss", float("inf"), ValueError),
-                  ("empty", "none", ValueError)]  # fmt: skip
+                  ("focal_gamma", -1.0, ValueError), ("empty", "none", ValueError)]  # fmt: skip
     if call.name.startswith("linear"):
         wrong += [("chunk_bytes", 0, ValueError), ("softcap", -1.0, ValueError), ("logit_scale", float("inf"), ValueError)]
     else:

@@ -84,19 +84,6 @@ cdef void put_numbers_of_entries(Rows* r, doubles scale, doubles unit) noexcept 
     r.has_irregular = d_any(d_unequal(check, d_set(0.0)))
 
 
-cdef void put_scale(Rows* r, doubles scale, doubles unit, doubles at_target) noexcept nogil:
-    cdef doubles tiny = d_set(1e-307 if IS_DOUBLE else 1e-37), power, zero = d_set(0.0)
-    cdef dmask small = d_greater(tiny, d_abs(scale))
-    cdef bint has_small = d_any(d_greater(d_select(small, d_abs(scale), zero), zero))
-    if has_small:                             # the power of two goes to the exponentials, which is exact
-        power = d_set(2.0 ** -300 if IS_DOUBLE else 2.0 ** -64)
-        v_store(r.damp, v_from_doubles(d_select(small, power, d_set(1.0))))
-        scale = d_select(small, d_div(scale, power), scale)
-    put_numbers_of_entries(r, scale, unit)
-    v_store(r.at_target, v_from_doubles(without_nan_sign(at_target)))
-    r.has_small = has_small
-
-
 cdef void put_numbers(const Rows* r, int rows, doubles numbers, double* out) noexcept nogil:
     # 0 for ignored rows
     cdef double all[LANES]
@@ -140,6 +127,24 @@ cdef inline Left left_out(doubles total, doubles y, doubles m, doubles exponent)
     return left
 
 
+cdef inline doubles over_all(doubles numbers, const Left* left) noexcept nogil:
+    return d_div(numbers, left.every) if IS_DOUBLE else d_mul(numbers, left.inverse)
+
+
+cdef void put_scale(Rows* r, doubles mass, const Left* left, doubles unit, doubles at_target) noexcept nogil:
+    # in   mass   the scale times the sum of all exponentials
+    cdef doubles scale = over_all(mass, left), tiny = d_set(1e-307 if IS_DOUBLE else 1e-37), power, zero = d_set(0.0)
+    cdef dmask small = d_greater(tiny, d_abs(scale))
+    cdef bint has_small = d_any(d_greater(d_select(small, d_abs(mass), zero), zero))
+    if has_small:                             # the power of two goes to the exponentials, which is exact
+        power = d_set(2.0 ** -300 if IS_DOUBLE else 2.0 ** -64)
+        v_store(r.damp, v_from_doubles(d_select(small, power, d_set(1.0))))
+        scale = d_select(small, over_all(d_div(mass, power), left), scale)
+    put_numbers_of_entries(r, scale, unit)
+    v_store(r.at_target, v_from_doubles(without_nan_sign(at_target)))
+    r.has_small = has_small
+
+
 cdef inline doubles log_of_sum(doubles total, doubles y, doubles m, doubles exponent, doubles inverse) noexcept nogil:
     # log of the sum of e^(x - m): log1p(total / of_max) where the maximum m is the target, without losing a digit
     cdef doubles of_max = exp_once(m, exponent, ROOM)
@@ -173,14 +178,47 @@ cdef inline bint has_class_term(const Problem* p) noexcept nogil:
     return p.operation == CROSS_ENTROPY and (p.target == NULL or p.options.label_smoothing != 0)
 
 
+cdef struct Focal:
+    # Of a row whose target has the probability p
+    doubles loss                  # (1 - p)^gamma, its loss over the plain one
+    doubles gradient              # that + gamma p (1 - p)^(gamma - 1) (-log p), its gradient over the plain one: SPEC S46
+
+
+cdef inline doubles to_the_whole(doubles base, int64_t exponent) noexcept nogil:
+    cdef doubles power = d_set(1.0)
+    while exponent > 0:
+        if exponent & 1:
+            power = d_mul(power, base)
+        base = d_mul(base, base)
+        exponent >>= 1
+    return power
+
+
+cdef Focal focal_of(double gamma, const Left* left, doubles others, doubles loss) noexcept nogil:
+    # in   others   1 - p
+    # in   loss     -log p, without left.beyond: where that is more than 0, p is nothing beside 1
+    # A whole gamma takes multiplications alone. Of the rest, log(1 - p) is -log1p(p / (1 - p)).
+    cdef int64_t whole = <int64_t>min(gamma, 2.0 ** 62)
+    cdef doubles odds = d_div(d_set(1.0), d_max(left.odds, d_set(1e-300))), zero = d_set(0.0), logarithm
+    cdef Focal focal
+    odds = d_select(d_greater(left.beyond, zero), zero, odds)
+    focal.loss = to_the_whole(others, whole)
+    if gamma != whole and gamma < 2.0 ** 62:
+        logarithm = d_mul(d_set(whole - gamma), log1p_of(odds, others))
+        focal.loss = d_mul(focal.loss, exp_once(logarithm, zero, 0.0))
+    focal.gradient = d_fma(d_mul(focal.loss, d_set(gamma)), d_mul(odds, loss), focal.loss)
+    return focal
+
+
 cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r) noexcept nogil:
     # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the target's entry.
     cdef bint soft = p.target == NULL, class_term = has_class_term(p), has_z = p.options.z_loss != 0
     cdef vec maximum = v_load(r.maximum)
     cdef doubles m = v_to_doubles(maximum), exponent = v_to_doubles(exponent_of(maximum)), zero = d_set(0.0)
     cdef doubles total = d_load(r.total), y = v_to_doubles(v_load(r.target_logit)), rest = zero, weight = zero, spread = zero
-    cdef doubles log_total = zero, loss, lse, sample, g, a, at_target, hard = zero, share, scale
+    cdef doubles log_total = zero, loss, lse, sample, g, a, at_target, hard = zero, share
     cdef Left left = left_out(total, y, m, exponent)
+    cdef Focal focal
     sample = of_positions(p.options.sample_weight, position, rows)
     loss = log1p_of(left.odds, left.share)
     if soft:
@@ -190,7 +228,13 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
             log_total = log_of_sum(total, y, m, exponent, left.inverse)
         weight = target_weights(p, r)
         hard = d_mul(d_set(1.0 - p.options.label_smoothing), weight)
-    loss = d_mul(hard, d_add(loss, left.beyond))
+    share = d_mul(total, left.inverse)
+    if p.options.focal_gamma != 0:
+        focal = focal_of(p.options.focal_gamma, &left, share, loss)
+        loss = d_mul(focal.loss, d_mul(hard, d_add(loss, left.beyond)))
+        hard = d_mul(focal.gradient, hard)
+    else:
+        loss = d_mul(hard, d_add(loss, left.beyond))
     at_target = hard
     if class_term:
         if soft:
@@ -217,12 +261,10 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
     g = d_mul(d_mul(d_set(p.options.grad_scale), sample), of_positions(p.options.grad_output, position, rows))
     # a p - (the target's own part), from the others' share where p is near 1
     a = d_add(at_target, rest)
-    share = d_mul(total, left.inverse)
     at_target = d_select(
         d_greater(share, d_set(0.5)), d_sub(d_mul(a, left.share), at_target), d_sub(rest, d_mul(a, share))
     )
-    scale = d_div(d_mul(g, a), left.every) if IS_DOUBLE else d_mul(d_mul(g, a), left.inverse)
-    put_scale(r, scale, d_mul(g, spread), d_mul(g, at_target))
+    put_scale(r, d_mul(g, a), &left, d_mul(g, spread), d_mul(g, at_target))
 
 
 cdef void softmax_of_rows(const Problem* p, Rows* r) noexcept nogil:

@@ -35,9 +35,11 @@ def _converted_alone(*options):
 def _convert(tensors, options, axis):
     if options.loss_dtype not in tuple(_NUMPYS):
         raise TypeError(f"loss_dtype must be None, torch.float32 or torch.float64, got {options.loss_dtype}")
+    of_both = options._asdict() | {"loss_dtype": _NUMPYS[options.loss_dtype]}
+    del of_both["log_probs"]
     return _call.options(
-        _real_array(tensors.weight), options.ignore_index, options.reduction, options.label_smoothing, axis,
-        _real_array(tensors.sample_weight), tensors.normalizer, options.z_loss, options.empty, _NUMPYS[options.loss_dtype],
+        weight=_real_array(tensors.weight), sample_weight=_real_array(tensors.sample_weight), normalizer=tensors.normalizer,
+        axis=axis, **of_both,
         name="input", if_last="input.movedim(-1, 1), if it is the last", if_binary="torch.stack([0 * x, x], 1)",
     )  # fmt: skip
 

@@ -52,6 +52,17 @@ def _divisor(tensors, options, s, live=None, w_y=None):
     return torch.where(live.any(), divisor, torch.inf)  # where no row counts, all gradients are 0: SPEC S26, S28
 
 
+def _onehot(y, input, axis):
+    return torch.nn.functional.one_hot(y, input.shape[axis]).movedim(-1, axis)
+
+
+def _focal(log_p, gamma):
+    """Of the target's log-probability: A of SPEC S46 over g s w_y, and p times the derivative of that with respect to p."""
+    p, others = log_p.exp(), (-log_p.expm1()).clamp_min(torch.finfo(log_p.dtype).tiny)
+    power, ratio = others**gamma, log_p / others
+    return power * (1 - gamma * p * ratio), gamma * p * power / others * (((gamma - 1) * p - others) * ratio - 2)
+
+
 def derivatives_of_gradient(grad_output, tensors, options, cotangent):
     """Derivatives of Σ cotangent · gradient(grad_output, input, target): of grad_output, of input, of target.
 
@@ -90,10 +101,15 @@ def derivatives_of_gradient(grad_output, tensors, options, cotangent):
         x = torch.where(live.unsqueeze(axis), x, 0)
         p = x.softmax(axis)
         p_v = (p * v).sum(axis)
+        bend = 0
+        if options.focal_gamma:
+            factor, slope = _focal(x.log_softmax(axis).gather(axis, y.unsqueeze(axis)).squeeze(axis), options.focal_gamma)
+            bend = (slope * w_y * (p_v - v_y)).unsqueeze(axis) * (_onehot(y, x, axis) - p)
+            mass, own_v = factor * mass, factor * own_v
         mass = mass + 2 * z * x.logsumexp(axis) if z else mass
         of_row = mass * p_v - own_v
         a = torch.where(live, h, 0)
-        of_input = (mass.unsqueeze(axis) * (v - p_v.unsqueeze(axis)) + 2 * z * p_v.unsqueeze(axis)) * p
+        of_input = (mass.unsqueeze(axis) * (v - p_v.unsqueeze(axis)) + 2 * z * p_v.unsqueeze(axis)) * p + bend
         of_input = (of_input * a.unsqueeze(axis)).to(input.dtype)
     of_row = torch.where(live, of_row * s, 0) / divisor
     of_grad_output = (of_row if options.reduction == "none" else of_row.sum()).to(grad_output.dtype)

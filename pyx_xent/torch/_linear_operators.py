@@ -4,10 +4,11 @@ import torch
 
 from . import _calls, _linear_logits, _linear_products
 from ._operators import tell_watchers
-from ._options import LINEAR_OPTIONS, LINEAR_TENSORS, LinearOptions, LinearTensors, Options, with_number, with_tensor
+from ._options import LinearOptions, LinearTensors, Options, schema_of, with_number, with_tensor
 from ._tensors import wide_dtype
 
 _TENSORS, _OF_LOSS = len(LinearTensors._fields), len(Options._fields)
+_ARGUMENTS = f"{schema_of(LinearTensors)}, {schema_of(LinearOptions)}, bool[] needed"
 
 
 def _split(arguments):
@@ -48,11 +49,11 @@ def _compute_gradients(grad_output, *arguments):
 
 _loss_op = torch.library.custom_op(
     "pyx_xent::linear_cross_entropy", _compute_loss, mutates_args=(), device_types="cpu",
-    schema=f"({LINEAR_TENSORS}, {LINEAR_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _gradients_op = torch.library.custom_op(
     "pyx_xent::linear_cross_entropy_backward", _compute_gradients, mutates_args=(), device_types="cpu",
-    schema=f"(Tensor grad_output, {LINEAR_TENSORS}, {LINEAR_OPTIONS}, bool[] needed) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_output, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )  # fmt: skip
 
 

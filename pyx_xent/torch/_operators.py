@@ -6,9 +6,10 @@ import torch
 
 from . import _calls
 from ._derivatives import class_axis, derivatives_of_gradient, gradient_of_target
-from ._options import OPTIONS, TENSORS, Options, Tensors, with_number, with_tensor
+from ._options import Options, Tensors, schema_of, with_number, with_tensor
 
 _COUNT = len(Tensors._fields)
+_ARGUMENTS = f"{schema_of(Tensors)}, {schema_of(Options)}"
 watchers = []  # functions that are called when an operator has computed a loss: of patch(), which counts
 
 
@@ -45,11 +46,11 @@ def _compute_gradient(grad_output, state, *arguments):
 
 _loss_op = torch.library.custom_op(
     "pyx_xent::cross_entropy", _compute_loss, mutates_args=(), device_types="cpu",
-    schema=f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
 )  # fmt: skip
 _gradient_op = torch.library.custom_op(
     "pyx_xent::cross_entropy_backward", _compute_gradient, mutates_args=(), device_types="cpu",
-    schema=f"(Tensor grad_output, Tensor? state, {TENSORS}, {OPTIONS}) -> Tensor",
+    schema=f"(Tensor grad_output, Tensor? state, {_ARGUMENTS}) -> Tensor",
 )  # fmt: skip
 
 

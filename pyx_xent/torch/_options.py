@@ -29,6 +29,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     empty: str = "nan"
+    focal_gamma: float = 0.0
     loss_dtype: torch.dtype | None = None
     log_probs: bool = False  # nll_loss
 
@@ -67,8 +68,9 @@ class LinearOptions(NamedTuple):
 
 # What PyTorch's own losses do not have, and what it is by default.
 OURS_ALONE = {
-    name: (Tensors._field_defaults | Options._field_defaults)[name]
-    for name in ("sample_weight", "normalizer", "z_loss", "empty", "loss_dtype")
+    name: default
+    for name, default in (Tensors._field_defaults | Options._field_defaults).items()
+    if name not in ("weight", "reduction", "ignore_index", "label_smoothing", "log_probs")
 }
 
 
@@ -86,13 +88,23 @@ def with_tensor(tensors):
     return tensors._replace(normalizer=torch.tensor(tensors.normalizer, dtype=torch.float64, device="cpu"))
 
 
-# The same as schemas of operators.
-TENSORS = "Tensor input, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
-OPTIONS = (
-    "str reduction, int ignore_index, float label_smoothing, float z_loss, str empty, ScalarType? loss_dtype, bool log_probs"
-)
-LINEAR_TENSORS = (
-    "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? sample_weight, "
-    "Tensor? normalizer"
-)
-LINEAR_OPTIONS = f"{OPTIONS}, float logit_scale, float? softcap, bool shift, int? chunk_bytes"
+_IN_SCHEMAS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Tensor | float | None: "Tensor?",
+    torch.dtype | None: "ScalarType?",
+    str: "str",
+    bool: "bool",
+    int: "int",
+    int | None: "int?",
+    float: "float",
+    float | None: "float?",
+}
+
+
+def schema_of(arguments):
+    """A named tuple's fields, as an operator's schema declares arguments; Options in it as its own fields."""
+    return ", ".join(
+        schema_of(Options) if kind is Options else f"{_IN_SCHEMAS[kind]} {name}"
+        for name, kind in arguments.__annotations__.items()
+    )

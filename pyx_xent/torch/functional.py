@@ -21,6 +21,7 @@ def cross_entropy(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     loss_dtype=None,
     inplace_backward=False,
 ):
@@ -43,9 +44,9 @@ def cross_entropy(
         Deprecated in PyTorch; they override `reduction`.
     ignore_index, reduction, label_smoothing
         As for `pyx_xent.cross_entropy`.
-    sample_weight, normalizer, z_loss, empty, loss_dtype
+    sample_weight, normalizer, z_loss, empty, focal_gamma, loss_dtype
         As for `pyx_xent.cross_entropy`: a tensor of the shape of the unreduced loss, a number or tensor of one number, a
-        number, "nan", "zero" or "raise", torch.float32 or torch.float64. The tensors must not require grad.
+        number, "nan", "zero" or "raise", a number, torch.float32 or torch.float64. The tensors must not require grad.
     inplace_backward : bool
         Write the gradient over the logits, in `backward`: no tensor of their size is allocated. The logits then count as
         modified in place, so that autograd raises where something else has saved them. Not for leaf tensors and their views,
@@ -76,16 +77,13 @@ def cross_entropy(
     """
     tensors = Tensors(input, target, weight, sample_weight, normalizer)
     if has_torch_function(tensors):
-        return handle_torch_function(
-            cross_entropy, tensors, input, target, weight=weight, size_average=size_average, ignore_index=ignore_index,
-            reduce=reduce, reduction=reduction, label_smoothing=label_smoothing, sample_weight=sample_weight,
-            normalizer=normalizer, z_loss=z_loss, empty=empty, loss_dtype=loss_dtype, inplace_backward=inplace_backward,
-        )  # fmt: skip
+        return _overridden(cross_entropy, **locals())
     if size_average is not None or reduce is not None:
         reduction = _private.reduction_of(size_average, reduce)
     options = Options(
-        reduction, ignore_index, number(label_smoothing, "label_smoothing"), number(z_loss, "z_loss"), empty, loss_dtype
-    )
+        reduction, ignore_index, number(label_smoothing, "label_smoothing"), number(z_loss, "z_loss"), empty,
+        number(focal_gamma, "focal_gamma"), loss_dtype,
+    )  # fmt: skip
     return _loss.compute(tensors, options, inplace_backward)
 
 
@@ -132,14 +130,10 @@ def nll_loss(
     """
     tensors = Tensors(input, target, weight, sample_weight, normalizer)
     if has_torch_function(tensors):
-        return handle_torch_function(
-            nll_loss, tensors, input, target, weight=weight, size_average=size_average, ignore_index=ignore_index,
-            reduce=reduce, reduction=reduction, sample_weight=sample_weight, normalizer=normalizer, empty=empty,
-            loss_dtype=loss_dtype,
-        )  # fmt: skip
+        return _overridden(nll_loss, **locals())
     if size_average is not None or reduce is not None:
         reduction = _private.reduction_of(size_average, reduce)
-    return _loss.compute(tensors, Options(reduction, ignore_index, 0.0, 0.0, empty, loss_dtype, log_probs=True))
+    return _loss.compute(tensors, Options(reduction, ignore_index, empty=empty, loss_dtype=loss_dtype, log_probs=True))
 
 
 def linear_cross_entropy(
@@ -157,6 +151,7 @@ def linear_cross_entropy(
     normalizer=None,
     z_loss=0.0,
     empty="nan",
+    focal_gamma=0.0,
     loss_dtype=None,
     logit_scale=1.0,
     softcap=None,
@@ -180,7 +175,7 @@ def linear_cross_entropy(
     linear_bias : Tensor, shape (C,), optional
     weight : Tensor, shape (C,), optional
         Weight of each class. It must not require grad.
-    reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss, empty, loss_dtype
+    reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss, empty, focal_gamma, loss_dtype
         As for `cross_entropy`; ignore_index=None stands for -100, or for none with class probabilities.
     options : torch.nn.LinearCrossEntropyOptions, optional
         Without effect: the logits are never one array, and every option works with that. See `chunk_bytes`.
@@ -211,17 +206,18 @@ def linear_cross_entropy(
     """
     tensors = LinearTensors(input, linear_weight, target, linear_bias, weight, sample_weight, normalizer)
     if has_torch_function(tensors):
-        return handle_torch_function(
-            linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
-            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
-            sample_weight=sample_weight, normalizer=normalizer, z_loss=z_loss, empty=empty, loss_dtype=loss_dtype,
-            logit_scale=logit_scale, softcap=softcap, shift=shift, chunk_bytes=chunk_bytes,
-        )  # fmt: skip
+        return _overridden(linear_cross_entropy, **locals())
     check_tensors(tensors)
     check_linear_shapes(tensors, ignore_index, shift)
     of_loss = Options(
         reduction, -100 if ignore_index is None else ignore_index, number(label_smoothing, "label_smoothing"),
-        number(z_loss, "z_loss"), empty, loss_dtype,
+        number(z_loss, "z_loss"), empty, number(focal_gamma, "focal_gamma"), loss_dtype,
     )  # fmt: skip
     scale, softcap = number(logit_scale, "logit_scale"), number(softcap, "softcap")
     return _linear.compute(tensors, LinearOptions(of_loss, scale, softcap, shift, chunk_bytes))
+
+
+def _overridden(function, tensors, **arguments):
+    """What a tensor's __torch_function__ makes of a call."""
+    positional = [arguments.pop(name) for name in ("input", "linear_weight", "target") if name in arguments]
+    return handle_torch_function(function, tensors, *positional, **arguments)

@@ -5,22 +5,27 @@ from typing import ClassVar
 import torch
 
 from . import functional
-from ._options import LinearOptions, Options
+from ._options import OURS_ALONE, LinearOptions, Options
 
 
 class _Criterion:
     """What the modules have in common beside PyTorch's."""
 
     _defaults: ClassVar[dict] = {}  # of the options that PyTorch's module does not have
-    _shown = ()  # of those that it has and does not show
+    _shared = ()  # of those that it has, too
+    _shown = ()  # of these, what it does not show
 
     def __getattr__(self, name):
         # A module that was pickled before there was such an option has not got it.
         return self._defaults[name] if name in self._defaults else super().__getattr__(name)
 
-    def _set(self, **options):
+    def _set(self, given):
         for name in self._defaults:
-            setattr(self, name, options[name])
+            setattr(self, name, given[name])
+
+    def _options(self):
+        """Those of the function, but for weight and what is given to each call."""
+        return {name: getattr(self, name) for name in (*self._shared, *self._defaults)}
 
     def _differing(self):
         return {name: getattr(self, name) for name, default in self._defaults.items() if getattr(self, name) != default}
@@ -39,7 +44,7 @@ class _Criterion:
         return self._theirs().train(self.training)
 
 
-_OURS = ("z_loss", "empty", "loss_dtype")
+_OURS = {name: default for name, default in OURS_ALONE.items() if name in Options._fields}
 
 
 class CrossEntropyLoss(_Criterion, torch.nn.CrossEntropyLoss):
@@ -56,8 +61,8 @@ class CrossEntropyLoss(_Criterion, torch.nn.CrossEntropyLoss):
     tensor(0.3913)
     """
 
-    _defaults: ClassVar[dict] = {name: Options._field_defaults[name] for name in _OURS} | {"inplace_backward": False}
-    _shown = ("reduction", "ignore_index", "label_smoothing")
+    _defaults: ClassVar[dict] = _OURS | {"inplace_backward": False}
+    _shared = _shown = ("reduction", "ignore_index", "label_smoothing")
 
     def __init__(
         self,
@@ -70,11 +75,12 @@ class CrossEntropyLoss(_Criterion, torch.nn.CrossEntropyLoss):
         *,
         z_loss=0.0,
         empty="nan",
+        focal_gamma=0.0,
         loss_dtype=None,
         inplace_backward=False,
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self._set(z_loss=z_loss, empty=empty, loss_dtype=loss_dtype, inplace_backward=inplace_backward)
+        self._set(locals())
 
     def _theirs(self):
         return torch.nn.CrossEntropyLoss(self.weight, None, self.ignore_index, None, self.reduction, self.label_smoothing)
@@ -82,18 +88,7 @@ class CrossEntropyLoss(_Criterion, torch.nn.CrossEntropyLoss):
     def forward(self, input, target, *, sample_weight=None, normalizer=None):
         """The loss; see `cross_entropy`."""
         return functional.cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            sample_weight=sample_weight,
-            normalizer=normalizer,
-            z_loss=self.z_loss,
-            empty=self.empty,
-            loss_dtype=self.loss_dtype,
-            inplace_backward=self.inplace_backward,
+            input, target, self.weight, sample_weight=sample_weight, normalizer=normalizer, **self._options()
         )
 
 
@@ -110,8 +105,8 @@ class NLLLoss(_Criterion, torch.nn.NLLLoss):
     tensor(0.2877)
     """
 
-    _defaults: ClassVar[dict] = {name: Options._field_defaults[name] for name in ("empty", "loss_dtype")}
-    _shown = ("reduction", "ignore_index")
+    _defaults: ClassVar[dict] = {name: _OURS[name] for name in ("empty", "loss_dtype")}
+    _shared = _shown = ("reduction", "ignore_index")
 
     def __init__(
         self,
@@ -125,7 +120,7 @@ class NLLLoss(_Criterion, torch.nn.NLLLoss):
         loss_dtype=None,
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction)
-        self._set(empty=empty, loss_dtype=loss_dtype)
+        self._set(locals())
 
     def _theirs(self):
         return torch.nn.NLLLoss(self.weight, None, self.ignore_index, None, self.reduction)
@@ -133,15 +128,7 @@ class NLLLoss(_Criterion, torch.nn.NLLLoss):
     def forward(self, input, target, *, sample_weight=None, normalizer=None):
         """The loss; see `nll_loss`."""
         return functional.nll_loss(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-            normalizer=normalizer,
-            empty=self.empty,
-            loss_dtype=self.loss_dtype,
+            input, target, self.weight, sample_weight=sample_weight, normalizer=normalizer, **self._options()
         )
 
 
@@ -159,7 +146,8 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
         tensor(1.0986, grad_fn=<_LinearLossBackward>)
         """
 
-        _defaults: ClassVar[dict] = {name: Options._field_defaults[name] for name in _OURS} | LinearOptions._field_defaults
+        _defaults: ClassVar[dict] = _OURS | LinearOptions._field_defaults
+        _shared = CrossEntropyLoss._shared
 
         def __init__(
             self,
@@ -177,6 +165,7 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
             options=None,
             z_loss=0.0,
             empty="nan",
+            focal_gamma=0.0,
             loss_dtype=None,
             logit_scale=1.0,
             softcap=None,
@@ -187,10 +176,7 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
                 in_features, num_classes, out_features=out_features, bias=bias, device=device, dtype=dtype, reduction=reduction,
                 weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
             )  # fmt: skip
-            self._set(
-                z_loss=z_loss, empty=empty, loss_dtype=loss_dtype, logit_scale=logit_scale, softcap=softcap, shift=shift,
-                chunk_bytes=chunk_bytes,
-            )  # fmt: skip
+            self._set(locals())
 
         def __prepare_scriptable__(self):
             raise RuntimeError(
@@ -206,16 +192,7 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from PyTorch 2.13 on
                 target,
                 linear_bias=None if self.linear.bias is None else self.linear.bias.reshape(outputs),
                 weight=self.weight,
-                reduction=self.reduction,
-                ignore_index=self.ignore_index,
-                label_smoothing=self.label_smoothing,
                 sample_weight=sample_weight,
                 normalizer=normalizer,
-                z_loss=self.z_loss,
-                empty=self.empty,
-                loss_dtype=self.loss_dtype,
-                logit_scale=self.logit_scale,
-                softcap=self.softcap,
-                shift=self.shift,
-                chunk_bytes=self.chunk_bytes,
+                **self._options(),
             )
