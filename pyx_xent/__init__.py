@@ -28,6 +28,7 @@ from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
 from .functional import (
     cross_entropy,
+    cross_entropy_grad_hess,
     cross_entropy_with_grad,
     log_softmax,
     log_softmax_backward,
@@ -46,6 +47,7 @@ __all__ = [
     "Softmax",
     "__version__",
     "cross_entropy",
+    "cross_entropy_grad_hess",
     "cross_entropy_with_grad",
     "get_num_threads",
     "isa",

@@ -13,8 +13,10 @@ cdef class Call:
     cdef object grad_output
     cdef object out
     cdef object grad_out
-    cdef object loss_result       # `out` and `grad_out` as the caller gave them, of whatever class
+    cdef object hess_out
+    cdef object loss_result       # `out`, `grad_out` and `hess_out` as the caller gave them, of whatever class
     cdef object gradient_result
+    cdef object hessian_result
     cdef object num_threads       # an int, or None
     # The arrays that the problem points into:
     cdef object read_logits       # logits, or a copy that a kernel can read
@@ -28,6 +30,7 @@ cdef class Call:
     cdef object scratch
     cdef object areas
     cdef object computed          # where the kernels write softmax or a gradient: the output, or a temporary of another layout
+    cdef object computed_hessian  # likewise; None: not wanted
     # What was found out about them:
     cdef int axis
     cdef Py_ssize_t rows

@@ -120,6 +120,12 @@ cdef class Call:
             np.copyto(self.grad_out, self.computed)
         return self.gradient_result
 
+    def hessian(self):
+        """The array that the kernels have filled with the diagonal of the Hessian."""
+        if self.computed_hessian is not self.hess_out:
+            np.copyto(self.hess_out, self.computed_hessian)
+        return self.hessian_result
+
     def row_state(self):
         """The (2, rows) float64 array that cross_entropy_with_state has filled, for cross_entropy_gradient."""
         return self.state
@@ -257,7 +263,7 @@ cdef int check_loss(Call call, Options o) except -1:
         live = set_labels(call, label, o.ignore_index)
     if call.row_weight is not None and live:
         live = set_unweighted(call, label)
-    if call.out is not None or call.grad_out is not None:
+    if call.out is not None or call.grad_out is not None or call.hess_out is not None:
         check_outputs(call)
     p.options.weight_sum = call.classes
     if call.weight is not None:
@@ -318,7 +324,7 @@ cdef int set_grad_output(Call call) except -1:
     return 0
 
 
-cdef tuple INPUTS = ("logits", "target", "weight", "sample_weight", "grad_output", "out")
+cdef tuple INPUTS = ("logits", "target", "weight", "sample_weight", "grad_output", "out", "grad_out")
 cdef tuple NLL_INPUTS = ("log_probs", *INPUTS[1:])
 
 
@@ -330,6 +336,9 @@ cdef int check_outputs(Call call) except -1:
     if call.grad_out is not None:
         inputs += (call.out,)
         check_output(call.grad_out, "grad_out", (<object>call.logits).shape, native_dtype(call.logits), names, inputs, True)
+    if call.hess_out is not None:
+        inputs = (*inputs[:5], call.out, call.grad_out)
+        check_output(call.hess_out, "hess_out", (<object>call.logits).shape, native_dtype(call.logits), names, inputs, False)
     return 0
 
 
@@ -446,6 +455,23 @@ def cross_entropy_with_grad(
 ):
     """The loss and its gradient."""
     return loss_with_gradient(CROSS_ENTROPY, logits, target, options, out, num_threads, grad_output, grad_out)
+
+
+def cross_entropy_grad_hess(
+    logits, target, Options options not None, hess_scale=1.0, num_threads=None, grad_out=None, hess_out=None
+):
+    """The gradient and the diagonal of the Hessian, of which the latter is multiplied with hess_scale."""
+    cdef Call call = new_loss(CROSS_ENTROPY, logits, target, options, num_threads)
+    want_gradient(call, None, grad_out)
+    if hess_out is not None:
+        call.hess_out = as_output(hess_out, "hess_out")
+        call.hessian_result = hess_out
+    hess_scale = as_double(hess_scale, "hess_scale")
+    check_loss(call, options)
+    call.problem.options.hessian_scale = hess_scale
+    set_gradient_of_loss(call)
+    set_hessian(call)
+    return finished_loss(call)
 
 
 def cross_entropy_with_state(logits, target, Options options not None, num_threads=None):

@@ -181,21 +181,32 @@ def checked_output(out, str name, tuple shape, dtype, tuple names, tuple inputs)
     return array
 
 
-cdef int set_gradient(Call call) except -1:
-    # Decides where the gradient is written: grad_out, a fresh array laid out like the logits, or by way of a temporary.
-    cdef cnp.ndarray x = call.logits
+cdef object laid_out_like(cnp.ndarray x):
+    if cnp.PyArray_NBYTES(x) >= LARGE:
+        return _memory.empty_like(x, native_dtype(x))
+    if cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:         # bfloat16_bits is more than its type
+        return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    return np.empty_like(x, dtype=native_dtype(x), subok=False)
+
+
+cdef object written_for(cnp.ndarray out, int axis):
+    # `out`, or a temporary in its place, where the kernels cannot write to its memory.
     cdef Strided description
+    return out if describe(out, axis, &description) else _memory.empty((<object>out).shape, out.dtype)
+
+
+cdef int set_gradient(Call call) except -1:
+    # Decides where the gradient is written: grad_out, or a fresh array laid out like the logits.
     if call.grad_out is None:
-        if cnp.PyArray_NBYTES(x) >= LARGE:
-            call.grad_out = _memory.empty_like(x, native_dtype(x))
-        elif cnp.PyArray_ISCARRAY_RO(x) and cnp.PyArray_TYPE(x) != cnp.NPY_UINT16:   # bfloat16_bits is more than its type
-            call.grad_out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
-        else:
-            call.grad_out = np.empty_like(x, dtype=native_dtype(x), subok=False)
-        call.gradient_result = call.grad_out
-    call.computed = call.grad_out
-    if not describe(call.grad_out, call.axis, &description):
-        call.computed = _memory.empty((<object>call.grad_out).shape, call.grad_out.dtype)
+        call.grad_out = call.gradient_result = laid_out_like(call.logits)
+    call.computed = written_for(call.grad_out, call.axis)
+    return 0
+
+
+cdef int set_hessian(Call call) except -1:
+    if call.hess_out is None:
+        call.hess_out = call.hessian_result = laid_out_like(call.logits)
+    call.computed_hessian = written_for(call.hess_out, call.axis)
     return 0
 
 
@@ -213,6 +224,9 @@ cdef int set_pointers(Call call) except -1:
     if call.computed is not None:
         fits = fits and describe(call.computed, call.axis, &p.out) and cnp.PyArray_SAMESHAPE(call.computed, x)
         fits = fits and cnp.PyArray_ISWRITEABLE(call.computed)
+    if call.computed_hessian is not None:
+        fits = fits and describe(call.computed_hessian, call.axis, &p.hessian) and cnp.PyArray_SAMESHAPE(call.computed_hessian, x)
+        fits = fits and cnp.PyArray_ISWRITEABLE(call.computed_hessian)
     if not fits or cnp.PyArray_DIM(x, call.axis) != call.classes or rows_of(x, call.axis) != call.rows:
         raise_changed()
     if call.row_weight is not None:

@@ -53,17 +53,17 @@ cdef double nanoseconds_for(Call call) noexcept:
 
 cdef int settle_shape(Problem* p) noexcept:
     # As few axes as the strides allow: a batch of rows is (1, classes, rows), so that a tile can hold LANES of them.
-    cdef Strided* arrays[3]
+    cdef Strided* arrays[4]
     cdef bint one_stride = True
     cdef int k
-    arrays[0], arrays[1], arrays[2] = &p.logits, &p.other, &p.out
+    arrays[0], arrays[1], arrays[2], arrays[3] = &p.logits, &p.other, &p.out, &p.hessian
     if p.inner == 1:
         p.inner = p.outer
         p.outer = 1
-        for k in range(3):
+        for k in range(4):
             arrays[k].inner = arrays[k].outer
             arrays[k].outer = 0
-    for k in range(3):
+    for k in range(4):
         if arrays[k].data != NULL:
             one_stride = one_stride and arrays[k].outer == arrays[k].inner * p.inner
     if one_stride and p.outer > 1:
@@ -80,8 +80,9 @@ cdef int plan(Call call) except -1:
     cdef Py_ssize_t lanes = DOUBLE_LANES if p.is_double else FLOAT_LANES, itemsize = 64 // lanes
     cdef Py_ssize_t positions = p.outer * p.inner, segments = (p.classes + SEGMENT - 1) // SEGMENT, area, parts, between
     cdef int k
-    cdef bint few = p.classes <= FEW_CLASSES, beside
+    cdef bint few = p.classes <= FEW_CLASSES, beside, curved = p.hessian.data != NULL
     cdef bint direct = lies_as_rows(p, &p.logits) and lies_as_rows(p, &p.other) and lies_as_rows(p, &p.out)
+    cdef bint planes = is_plane(&p.logits) and is_plane(&p.out) and is_plane(&p.hessian)
     plan.shared = (
         plan.num_threads > 1 and positions < min(4 * plan.num_threads, <int>FLOAT_LANES) and p.classes >= CLASSES_WORTH_SHARING
     )
@@ -96,7 +97,7 @@ cdef int plan(Call call) except -1:
     plan.tile_classes = 0
     if few:
         plan.tile_classes = max(p.classes, 1)
-    elif p.classes <= SHORT_CLASSES and adds_only_exponentials(p) and is_plane(&p.logits) and is_plane(&p.out):
+    elif p.classes <= SHORT_CLASSES and adds_only_exponentials(p) and planes:
         plan.tile_classes = rounded_up(p.classes, lanes)
     if plan.tile_classes > 0:
         area = PANEL_NUMBERS if few else STAGED_NUMBERS
@@ -107,6 +108,7 @@ cdef int plan(Call call) except -1:
         beside = not few and (p.operation == SOFTMAX or p.operation == LOG_SOFTMAX)      # exponentials without the largest
         plan.area[1] = area if p.other.data != NULL or beside else 0
         plan.area[2] = plan.area[3] = 0
+        plan.area[4] = area if curved else 0
         if p.options.weight != NULL:
             plan.weights = p.classes * lanes
     else:
@@ -115,7 +117,7 @@ cdef int plan(Call call) except -1:
             plan.rows = min(plan.rows, <Py_ssize_t>SHORT_NUMBERS // p.classes)
         plan.rows = 1 if plan.shared else min(plan.rows, max(positions, 1))
         plan.defer = (
-            plan.rows == 1 and segments > 1 and plan.keep and not p.have_state and direct and not plan.shared
+            plan.rows == 1 and segments > 1 and plan.keep and not p.have_state and direct and not plan.shared and not curved
         )
         plan.segments = plan.rows * segments
         plan.discarded = plan.rows * rounded_up(p.classes, lanes) if p.classes <= SHORT_CLASSES else SEGMENT
@@ -124,7 +126,8 @@ cdef int plan(Call call) except -1:
         plan.area[1] = 0 if lies_as_rows(p, &p.other) else area
         plan.area[2] = 0 if p.operation == SOFTMAX_BACKWARD or p.operation == LOG_SOFTMAX_BACKWARD else area
         plan.area[3] = area if plan.defer else 0
-        if not plan.shared and segments == 1 and is_plane(&p.logits) and is_plane(&p.other) and is_plane(&p.out):
+        plan.area[4] = 0 if lies_as_rows(p, &p.hessian) else area
+        if not plan.shared and segments == 1 and planes and is_plane(&p.other) and not curved:
             plan.staged = min(max(lanes, STAGED_NUMBERS // p.classes // lanes * lanes), rounded_up(p.inner, lanes))
     parts = <Py_ssize_t>(nanoseconds_for(call) / NANOSECONDS_WORTH_A_PART / plan.num_threads)      # of a thread
     parts = max(<Py_ssize_t>1, min(<Py_ssize_t>PARTS_OF_A_THREAD, parts)) * plan.num_threads
@@ -141,7 +144,7 @@ cdef int plan(Call call) except -1:
         + rounded_up(plan.weights * itemsize, 64)
     )
     plan.areas_size = 0
-    for k in range(4):
+    for k in range(5):
         plan.areas_size += rounded_up(plan.area[k] * itemsize, 64)
     plan.areas_size += (1 if p.other.data == NULL else 2) * rounded_up(p.classes * plan.staged * itemsize, 64)
     if plan.num_threads > 1:

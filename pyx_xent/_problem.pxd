@@ -45,6 +45,7 @@ cdef struct Options:
     double label_smoothing
     double z_loss
     double focal_gamma            # 0: not focal
+    double hessian_scale          # of the whole Hessian
     const void* weight            # in   (classes,)  float or double, as computed; NULL: 1
     double weight_sum             # of all classes; without weight their number
     const double* sample_weight   # in   (positions,)  NULL: 1. A row of weight 0 is not looked at
@@ -66,7 +67,7 @@ cdef struct Plan:                 # how to compute, see _plan.pxi
     Py_ssize_t scratch_size
     void* areas                   # (num_threads, areas_size) bytes, if shared (1, areas_size), likewise
     Py_ssize_t areas_size
-    Py_ssize_t area[4]            # numbers of each of them,
+    Py_ssize_t area[5]            # numbers of each of them,
     Py_ssize_t staged             # positions of which planes are copied side by side; 0: none,
     Py_ssize_t segments           # segments of `rows` rows,
     Py_ssize_t discarded          # numbers of exponentials that are not cached,
@@ -81,6 +82,7 @@ cdef struct Problem:
     Strided logits                # in   NLL: log-probabilities; backward operations: the forward's output
     Strided other                 # in   class probabilities; backward operations: grad_output
     Strided out                   # out  the gradient; softmax, log_softmax: the output
+    Strided hessian               # out  its diagonal, where the gradient is wanted, too
     const int64_t* target         # in   (positions,)  -1: ignored, otherwise in [0, classes); NULL with class probabilities
     Options options
     double* loss                  # out  (positions,)  NULL: not wanted

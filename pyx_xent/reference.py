@@ -7,6 +7,7 @@ Slow and plain on purpose: arrays of the size of the logits are made freely, arg
 import numpy as np
 
 __all__ = [
+    "cross_entropy_hessian",
     "cross_entropy_with_grad",
     "log_softmax",
     "log_softmax_backward",
@@ -126,6 +127,31 @@ def cross_entropy_with_grad(
             if empty == "zero" and normalizer is None and not (r.any() if soft else w[y[r]].any()):
                 loss, grad = 0.0, np.zeros_like(grad)
     return loss, np.moveaxis(grad, -1, axis)
+
+
+def cross_entropy_hessian(logits, target, weight=None, *, axis=None, focal_gamma=0.0, **options):
+    """SPEC S44: a_i p_c (1 - p_c) with the divisor of "mean", float64. The options are those of cross_entropy_with_grad."""
+    logits, target = np.asarray(logits, np.float64), np.asarray(target)
+    axis = (0 if logits.ndim == 1 else 1) if axis is None else axis
+    x = np.moveaxis(logits, axis, -1)
+    rows, classes = x.shape[:-1], x.shape[-1]
+    w = np.ones(classes) if weight is None else np.asarray(weight, np.float64)
+    eps, s = options.get("label_smoothing", 0.0), options.get("sample_weight")
+    s = np.ones(rows) if s is None else np.asarray(s, np.float64).reshape(rows)
+    ell = log_softmax(np.where((s != 0)[..., None], x, 0.0))
+    if target.shape == logits.shape:
+        live, a, divisor = s != 0, (((1 - eps) * np.moveaxis(target, axis, -1) + eps / classes) * w).sum(-1), s.sum()
+    else:
+        y = target.reshape(rows)
+        live = (s != 0) & (y != options.get("ignore_index", -100))
+        y = np.where(live, y, 0)
+        a, divisor = (1 - eps) * w[y] + eps / classes * w.sum(), (live * s * w[y]).sum()
+        if focal_gamma:
+            a = a * (-np.expm1(np.take_along_axis(ell, y[..., None], -1)[..., 0])) ** focal_gamma
+    if options.get("reduction", "mean") == "mean":
+        s = s / (divisor if options.get("normalizer") is None else options["normalizer"])
+    hessian = np.where(live[..., None], (s * a)[..., None] * np.exp(ell) * -np.expm1(ell), 0.0)
+    return np.moveaxis(hessian, -1, axis)
 
 
 def nll_loss_with_grad(log_probs, target, weight=None, *, ignore_index=-100, reduction="mean", axis=None, grad_output=1.0):

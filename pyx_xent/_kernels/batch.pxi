@@ -14,8 +14,8 @@ cdef struct Scratch:
     real* discarded               # (plan.discarded,)
     real* weight                  # (FEW_CLASSES, LANES)
     # Rows or tiles, (plan.area[k],): the exponentials, or the logits before them · class probabilities, upstream gradient ·
-    # logits that are moved by their maximum · the exponentials of the next row
-    real* area[4]
+    # logits that are moved by their maximum · the exponentials of the next row · the Hessian
+    real* area[5]
     real* staged[2]               # (classes, plan.staged)  planes, copied side by side
 
 
@@ -28,6 +28,8 @@ cdef void ignore_row(const Problem* p, Py_ssize_t position) noexcept nogil:
         p.row_total[position] = 0
     if p.out.data != NULL:
         zeros_out(&p.out, outer, position - outer * p.inner, p.classes, p.plan.stream)
+    if p.hessian.data != NULL:
+        zeros_out(&p.hessian, outer, position - outer * p.inner, p.classes, False)
 
 
 cdef inline char* taken(char** free, Py_ssize_t size) noexcept nogil:
@@ -47,7 +49,7 @@ cdef void carve(const Problem* p, int thread, Scratch* s) noexcept nogil:
     free = <char*>p.plan.scratch + p.plan.num_threads * p.plan.scratch_size
     s.segments = <Segment*>free + thread * 2 * p.plan.segments
     free = <char*>p.plan.areas + thread * p.plan.areas_size
-    for k in range(4):
+    for k in range(5):
         s.area[k] = <real*>taken(&free, p.plan.area[k] * sizeof(real))
     s.staged[0] = <real*>taken(&free, p.classes * p.plan.staged * sizeof(real))
     s.staged[1] = <real*>free
@@ -110,6 +112,7 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
         panel.rows = scratch.rows
         panel.x = scratch.area[0]
         panel.other = scratch.area[1] if p.plan.area[1] > 0 else NULL
+        panel.hessian = scratch.area[4]
         spread_weight(p, &panel, scratch.weight)
         zero_beyond_classes(p, &panel)
         while position < end:
@@ -128,9 +131,12 @@ cdef void do_slice(const Problem* p, Py_ssize_t position, Py_ssize_t end, int th
         batches[now].count = <int>min(p.plan.rows, min(end - position, p.inner - batches[now].inner))
         position += batches[now].count
         if p.plan.shared:
-            do_shared(p, batches, scratch.area[0], scratch.area[1], scratch.area[2])
+            do_shared(p, batches, scratch.area[0], scratch.area[1], scratch.area[2], scratch.area[4])
         else:
-            do_rows(p, &batches[now], &batches[1 - now], scratch.area[3 * now if p.plan.defer else 0], scratch.area[1], scratch.area[2])
+            do_rows(
+                p, &batches[now], &batches[1 - now], scratch.area[3 * now if p.plan.defer else 0], scratch.area[1],
+                scratch.area[2], scratch.area[4],
+            )
         if batches[now].count > 0:
             now = 1 - now
     write_waiting(p, &batches[1 - now])
@@ -220,14 +226,14 @@ cdef void sum_shared_row(const Problem* p, Batch* b) noexcept nogil:
     combine_segments(p, b, 0)
 
 
-cdef void do_shared(const Problem* p, Batch* b, real* cached, real* other, real* moved_to) noexcept nogil:
+cdef void do_shared(const Problem* p, Batch* b, real* cached, real* other, real* moved_to, real* hessian) noexcept nogil:
     # do_rows for one row.
     cdef Py_ssize_t segment
     if start_rows(p, &b.rows, b.position, 1) == 0:
         ignore_row(p, b.position)
         b.count = 0
         return
-    place_rows(p, b, cached, other)
+    place_rows(p, b, cached, other, hessian)
     neutral_lanes(&b.rows)
     if b.rows.target[0] >= 0:
         b.rows.target_logit[0] = b.x[0][b.rows.target[0]]
@@ -246,6 +252,8 @@ cdef void do_shared(const Problem* p, Batch* b, real* cached, real* other, real*
         finish_row(p, b, 0)
         if not lies_as_rows(&p.out):
             rows_out(cached, 0, 1, p.classes, &p.out, b.outer, b.inner)
+        if not lies_as_rows(&p.hessian):
+            rows_out(hessian, 0, 1, p.classes, &p.hessian, b.outer, b.inner)
     b.count = 0
 
 

@@ -23,6 +23,9 @@ cdef struct Rows:
     real unit[LANES]              # of w q' in the gradient
     real at_target[LANES]         # the target's entry
     real damp[LANES]              # only if has_small: multiplies the exponentials before the scale does
+    real inverse[LANES]           # of the Hessian: 1 over the sum of all exponentials
+    real curvature[LANES]         # of p (1 - p) in it
+    real curvature_at_target[LANES]   # the target's entry
     bint has_small                # a scale would be no normal number
     bint has_irregular            # a row's entries may hold NaN
     # in
@@ -210,13 +213,22 @@ cdef Focal focal_of(double gamma, const Left* left, doubles others, doubles loss
     return focal
 
 
+cdef void put_curvature(Rows* r, doubles mass, const Left* left, doubles others) noexcept nogil:
+    # in   mass     a of SPEC S44
+    # in   others   1 - p of the target, which keeps its digits where p is near 1
+    cdef doubles inverse = d_div(d_set(1.0), left.every) if IS_DOUBLE else left.inverse
+    v_store(r.inverse, v_from_doubles(inverse))
+    v_store(r.curvature, v_from_doubles(without_nan_sign(mass)))
+    v_store(r.curvature_at_target, v_from_doubles(without_nan_sign(d_mul(mass, d_mul(left.share, others)))))
+
+
 cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r) noexcept nogil:
     # SPEC S14, S16, S23, S24, S31: every option becomes a row scale, a class term and the target's entry.
     cdef bint soft = p.target == NULL, class_term = has_class_term(p), has_z = p.options.z_loss != 0
     cdef vec maximum = v_load(r.maximum)
     cdef doubles m = v_to_doubles(maximum), exponent = v_to_doubles(exponent_of(maximum)), zero = d_set(0.0)
     cdef doubles total = d_load(r.total), y = v_to_doubles(v_load(r.target_logit)), rest = zero, weight = zero, spread = zero
-    cdef doubles log_total = zero, loss, lse, sample, g, a, at_target, hard = zero, share
+    cdef doubles log_total = zero, loss, lse, sample, g, a, at_target, hard = zero, share, curvature = zero
     cdef Left left = left_out(total, y, m, exponent)
     cdef Focal focal
     sample = of_positions(p.options.sample_weight, position, rows)
@@ -232,6 +244,7 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
     if p.options.focal_gamma != 0:
         focal = focal_of(p.options.focal_gamma, &left, share, loss)
         loss = d_mul(focal.loss, d_mul(hard, d_add(loss, left.beyond)))
+        curvature = d_mul(focal.loss, hard)
         hard = d_mul(focal.gradient, hard)
     else:
         loss = d_mul(hard, d_add(loss, left.beyond))
@@ -265,6 +278,10 @@ cdef void loss_of_rows(const Problem* p, Py_ssize_t position, int rows, Rows* r)
         d_greater(share, d_set(0.5)), d_sub(d_mul(a, left.share), at_target), d_sub(rest, d_mul(a, share))
     )
     put_scale(r, d_mul(g, a), &left, d_mul(g, spread), d_mul(g, at_target))
+    if p.hessian.data != NULL:
+        if p.options.focal_gamma == 0:
+            curvature = a
+        put_curvature(r, d_mul(d_set(p.options.hessian_scale), d_mul(g, curvature)), &left, share)
 
 
 cdef void softmax_of_rows(const Problem* p, Rows* r) noexcept nogil:

@@ -34,6 +34,7 @@ cdef struct Batch:
     real* cached[LANES]           # the exponentials; x itself if that is a copy
     real* summed[LANES]           # of short rows: where they are summed; cached, unless nobody needs them again
     real* out[LANES]              # may be `cached`
+    real* hessian[LANES]          # NULL: not wanted
     Segment* segments             # (rows, segments)
     real* discarded               # (plan.discarded,)  exponentials that nobody needs again
 
@@ -338,7 +339,7 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     cdef real* out = b.out[l] + start
     cdef real* cached = discarded
     cdef bint stream = p.plan.stream and lies_as_rows(&p.out)
-    cdef double scale = r.scale[l], power = 1
+    cdef double scale = r.scale[l], inverse = r.inverse[l], power = 1, tiny = 1e-300 if IS_DOUBLE else 1e-37
     cdef Units units
     if is_backward(p) or p.operation == LOG_SOFTMAX:
         other_entries(p, b, l, start, size, stream)
@@ -347,12 +348,18 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
         cached = b.cached[l] + start
         if p.classes > SHORT_CLASSES:
             power = power_of_two(<double>s.exponent - <double>one_of(exponent_of(v_set(r.maximum[l]))))
-            if fabs(scale * power) > (1e-300 if IS_DOUBLE else 1e-37):
+            if fabs(scale * power) > tiny and (b.hessian[l] == NULL or inverse * power > tiny):
                 scale *= power
+                inverse *= power
                 power = 1
     else:
         units = units_of(exponent_of(v_set(r.maximum[l])), ROOM)
         exponentials(b.x[l] + start, size, units, cached, False, lies_as_rows(&p.logits))
+    if b.hessian[l] != NULL:
+        if power != 1:
+            multiplied(cached, size, <real>power)
+            power = 1
+        curvatures(cached, size, v_set(<real>inverse), v_set(r.curvature[l]), b.hessian[l] + start)
     if r.has_small:
         power *= r.damp[l]
     if power != 1:
@@ -368,9 +375,14 @@ cdef void finish_row(const Problem* p, const Batch* b, int l) noexcept nogil:
         finished(b.out[l], p.classes, v_set(1))
     if p.operation == CROSS_ENTROPY and b.rows.target[l] >= 0:
         b.out[l][b.rows.target[l]] = b.rows.at_target[l]
+    if b.hessian[l] != NULL:
+        if b.rows.has_irregular:
+            finished(b.hessian[l], p.classes, v_set(1))
+        if b.rows.target[l] >= 0:
+            b.hessian[l][b.rows.target[l]] = b.rows.curvature_at_target[l]
 
 
-cdef void place_rows(const Problem* p, Batch* b, real* cached, real* other) noexcept nogil:
+cdef void place_rows(const Problem* p, Batch* b, real* cached, real* other, real* hessian) noexcept nogil:
     # Where the rows are read and written: in place, or where they are copied to.
     cdef bint direct = lies_as_rows(&p.logits), direct_other = lies_as_rows(&p.other), direct_out = lies_as_rows(&p.out)
     cdef Py_ssize_t stride = (p.classes + LANES - 1) // LANES * LANES
@@ -387,6 +399,9 @@ cdef void place_rows(const Problem* p, Batch* b, real* cached, real* other) noex
         b.other[l] = NULL
         if p.other.data != NULL:
             b.other[l] = <real*>element(&p.other, b.outer, b.inner + l) if direct_other else other + l * stride
+        b.hessian[l] = NULL
+        if p.hessian.data != NULL:
+            b.hessian[l] = <real*>element(&p.hessian, b.outer, b.inner + l) if lies_as_rows(&p.hessian) else hessian + l * stride
 
 
 cdef void sum_row(const Problem* p, Batch* b, int l, Batch* before) noexcept nogil:
@@ -433,7 +448,17 @@ cdef void neutral_lanes(Rows* r) noexcept nogil:
         r.target_mass[l] = 0
 
 
-cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real* other, real* moved_to) noexcept nogil:
+cdef void zero_row(const Problem* p, const Batch* b, int l, const Strided* array, real* copy) noexcept nogil:
+    # in   copy   of the row, where it does not lie as one
+    if not lies_as_rows(array):
+        memset(copy, 0, p.classes * sizeof(real))
+    elif array.data != NULL:
+        zeros_out(array, b.outer, b.inner + l, p.classes, p.plan.stream)
+
+
+cdef void do_rows(
+    const Problem* p, Batch* b, Batch* before, real* cached, real* other, real* moved_to, real* hessian
+) noexcept nogil:
     # in   b        outer, inner, position, count, segments, discarded
     # in   before   a row whose gradient waits; afterwards b is such a row if the plan is to defer them, else nothing waits
     cdef Py_ssize_t stride = (p.classes + LANES - 1) // LANES * LANES, segment
@@ -444,7 +469,7 @@ cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real*
             ignore_row(p, b.position + l)
         b.count = 0
         return
-    place_rows(p, b, cached, other)
+    place_rows(p, b, cached, other, hessian)
     neutral_lanes(&b.rows)
     for l in range(b.count):
         if b.rows.live[l] and b.rows.target[l] >= 0:
@@ -477,12 +502,13 @@ cdef void do_rows(const Problem* p, Batch* b, Batch* before, real* cached, real*
             for segment in range(segments_of(p.classes)):
                 row_entries(p, b, l, segment, b.discarded)
             finish_row(p, b, l)
-        elif lies_as_rows(&p.out):
-            ignore_row(p, b.position + l)
         else:
-            memset(b.out[l], 0, p.classes * sizeof(real))
+            zero_row(p, b, l, &p.out, b.out[l])
+            zero_row(p, b, l, &p.hessian, b.hessian[l])
     if not lies_as_rows(&p.out):
         rows_out(cached, stride, b.count, p.classes, &p.out, b.outer, b.inner)
+    if not lies_as_rows(&p.hessian):
+        rows_out(hessian, stride, b.count, p.classes, &p.hessian, b.outer, b.inner)
     b.count = 0
 
 

@@ -405,6 +405,19 @@ cdef void scaled(const real* cached, Py_ssize_t size, vec scale, real* out, bint
         v_store_first(out + i, v_mul(scale, at(cached, i, size, 0)), <int>(size - i))
 
 
+cdef void curvatures(const real* cached, Py_ssize_t size, vec inverse, vec scale, real* out) noexcept nogil:
+    # out = scale * p (1 - p), p being the exponentials times `inverse`
+    cdef Py_ssize_t i
+    cdef vec p
+    for i from 0 <= i < size by LANES:
+        p = v_mul(inverse, at(cached, i, size, 0))
+        p = v_mul(scale, v_fma(v_sub(v_set(0), p), p, p))
+        if i + LANES <= size:
+            v_store(out + i, p)
+        else:
+            v_store_first(out + i, p, <int>(size - i))
+
+
 cdef struct Entries:
     # CROSS_ENTROPY:          scale * x - unit * w q',  x being the exponentials
     # LOG_SOFTMAX:            (x - unit) - scale,       unit being the maximum, scale the log of the sum less that

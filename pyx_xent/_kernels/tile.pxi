@@ -8,6 +8,7 @@ cdef struct Panel:
     Rows* rows                    # (tiles,)
     real* x                       # (tiles, classes, LANES)  logits, then exponentials, then the gradient
     real* other                   # likewise: class probabilities, then w q'; without them a place for exponentials
+    real* hessian                 # likewise, if it is wanted
     const real* weight            # (classes, LANES)  the weight of a class in all lanes; NULL: 1
 
 
@@ -234,6 +235,9 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
             loss_of_rows(p, position + t * LANES, <int>min(<Py_ssize_t>LANES, rows - t * LANES), r)
         else:
             softmax_of_rows(p, r)
+        if p.hessian.data != NULL:
+            curvatures(x, p.classes * LANES, v_load(r.inverse), v_load(r.curvature), panel.hessian + t * size)
+            tile_finished(p, panel.hessian + t * size, r)
         if p.out.data != NULL:
             tile_gradient(p, panel, x, other, r)
             tile_finished(p, x, r)
@@ -241,6 +245,8 @@ cdef void panel_forward(const Problem* p, Panel* panel, Py_ssize_t position, Py_
         return
     for t in range(tiles):
         tile_replace(p, panel.rows + t, v_load(panel.rows[t].at_target), panel.x + t * size)
+    for t in range(tiles if p.hessian.data != NULL else 0):
+        tile_replace(p, panel.rows + t, v_load(panel.rows[t].curvature_at_target), panel.hessian + t * size)
 
 
 cdef void panel_backward(const Problem* p, Panel* panel, Py_ssize_t rows) noexcept nogil:
@@ -281,3 +287,5 @@ cdef void do_panel(const Problem* p, Panel* panel, Py_ssize_t position, Py_ssize
         panel_forward(p, panel, position, rows)
     if p.out.data != NULL:
         panel_out(panel.x, &p.out, p, position, rows)
+    if p.hessian.data != NULL:
+        panel_out(panel.hessian, &p.hessian, p, position, rows)
