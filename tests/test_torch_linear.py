@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch")
 ours = importlib.import_module("pyx_xent.torch")
 from helpers_torch import DTYPES, F, FlopCounterMode, assert_equal, both, operator  # noqa: E402
 
+from pyx_xent.torch._options import Options  # noqa: E402
+
 CLASSES, WIDTH, ROWS = 37, 5, 12
 SMALL = 4 * CLASSES * 8  # bytes: chunks of some rows
 
@@ -363,7 +365,7 @@ def test_compiled_function(generator, dtype, reduction):
 
 def test_operators_keep_pytorchs_rules(generator):
     hidden, weight, bias, target = problem(generator)
-    options = ("mean", -100, 0.1, 0.0, "nan", None, False, 0.5, 3.0, False, SMALL)
+    options = (*Options(label_smoothing=0.1), 0.5, 3.0, False, SMALL)
     others = None, None, None
     torch.library.opcheck(
         torch.ops.pyx_xent.linear_cross_entropy, (hidden, weight, target, bias, *others, *options, [True] * 3)
@@ -383,7 +385,7 @@ def test_operators_keep_pytorchs_rules(generator):
 
 def test_double_backward_of_the_operator_is_not_missing_a_term(generator):
     hidden, weight, bias, target = problem(generator)
-    options = ("mean", -100, 0.0, 0.0, "nan", None, False, 1.0, None, False, SMALL)
+    options = (*Options(), 1.0, None, False, SMALL)
     out = torch.ops.pyx_xent.linear_cross_entropy(hidden, weight, target, bias, None, None, None, *options, [True] * 3)[0]
     expected = explicit(hidden, weight, bias, target)
     found = []

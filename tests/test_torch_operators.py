@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from helpers_torch import DTYPES, assert_equal, both, ours, problem  # noqa: E402
 
 from pyx_xent.torch import _operators  # noqa: E402
+from pyx_xent.torch._options import Options  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of opcheck's own
@@ -18,7 +19,7 @@ def test_operators_keep_pytorchs_rules(generator):
         logits, target, weight = problem(generator, kind, True, shape, torch.float32)
         rows = torch.rand(logits.sum(1).shape, generator=generator)
         for extras in ((None, None), (rows, torch.tensor(3.0) if reduction == "mean" else None)):
-            arguments = (logits, target, weight, *extras, reduction, -100, 0.1, 0.01, "nan", None, False)
+            arguments = (logits, target, weight, *extras, *Options(reduction, label_smoothing=0.1, z_loss=0.01))
             torch.library.opcheck(_operators._loss_op, arguments)
             loss, state = _operators._loss_op(*arguments)
             torch.library.opcheck(_operators._gradient_op, (torch.rand_like(loss), state, *arguments))
