@@ -116,15 +116,11 @@ cdef class Call:
 
     def gradient(self):
         """The array that the kernels have filled: a gradient, or the result of softmax and log_softmax."""
-        if self.computed is not self.grad_out:
-            np.copyto(self.grad_out, self.computed)
-        return self.gradient_result
+        return copied_back(self.computed, self.grad_out, self.gradient_result)
 
     def hessian(self):
         """The array that the kernels have filled with the diagonal of the Hessian."""
-        if self.computed_hessian is not self.hess_out:
-            np.copyto(self.hess_out, self.computed_hessian)
-        return self.hessian_result
+        return copied_back(self.computed_hessian, self.hess_out, self.hessian_result)
 
     def row_state(self):
         """The (2, rows) float64 array that cross_entropy_with_state has filled, for cross_entropy_gradient."""
@@ -331,14 +327,16 @@ cdef tuple NLL_INPUTS = ("log_probs", *INPUTS[1:])
 cdef int check_outputs(Call call) except -1:
     cdef tuple names = NLL_INPUTS if call.problem.operation == NLL else INPUTS
     cdef tuple inputs = (call.logits, call.target, call.weight, call.sample_weight, call.grad_output)
+    cdef tuple shape = (<object>call.logits).shape
+    cdef object dtype = native_dtype(call.logits)
     if call.out is not None:
         check_output(call.out, "out", loss_shape(call) if call.reduction == NONE else (), call.loss_dtype, names, inputs, False)
+    inputs += (call.out,)
     if call.grad_out is not None:
-        inputs += (call.out,)
-        check_output(call.grad_out, "grad_out", (<object>call.logits).shape, native_dtype(call.logits), names, inputs, True)
+        check_output(call.grad_out, "grad_out", shape, dtype, names, inputs, True)
+    inputs += (call.grad_out,)
     if call.hess_out is not None:
-        inputs = (*inputs[:5], call.out, call.grad_out)
-        check_output(call.hess_out, "hess_out", (<object>call.logits).shape, native_dtype(call.logits), names, inputs, False)
+        check_output(call.hess_out, "hess_out", shape, dtype, names, inputs, False)
     return 0
 
 

@@ -195,6 +195,14 @@ cdef object written_for(cnp.ndarray out, int axis):
     return out if describe(out, axis, &description) else _memory.empty((<object>out).shape, out.dtype)
 
 
+cdef object copied_back(object computed, object out, object result):
+    # in   computed   from written_for
+    # -> `result`, which is `out` as the caller gave it
+    if computed is not out:
+        np.copyto(out, computed)
+    return result
+
+
 cdef int set_gradient(Call call) except -1:
     # Decides where the gradient is written: grad_out, or a fresh array laid out like the logits.
     if call.grad_out is None:
@@ -212,6 +220,13 @@ cdef int set_hessian(Call call) except -1:
 
 # The Problem's pointers
 
+cdef bint describe_output(object out, cnp.ndarray x, int axis, Strided* description) except -1:
+    # Of None, which is not wanted, nothing is described.
+    if out is None:
+        return True
+    return describe(out, axis, description) and cnp.PyArray_SAMESHAPE(out, x) and cnp.PyArray_ISWRITEABLE(out)
+
+
 cdef int set_pointers(Call call) except -1:
     # Takes the address, the strides and the shape of every array, all at once: from here to the end of the kernel no Python
     # runs in this thread. What another one did to a shape since it was checked, or a signal handler, is noticed.
@@ -221,12 +236,8 @@ cdef int set_pointers(Call call) except -1:
     cdef int k
     if call.read_soft is not None:
         fits = fits and describe(call.read_soft, call.axis, &p.other) and cnp.PyArray_SAMESHAPE(call.read_soft, x)
-    if call.computed is not None:
-        fits = fits and describe(call.computed, call.axis, &p.out) and cnp.PyArray_SAMESHAPE(call.computed, x)
-        fits = fits and cnp.PyArray_ISWRITEABLE(call.computed)
-    if call.computed_hessian is not None:
-        fits = fits and describe(call.computed_hessian, call.axis, &p.hessian) and cnp.PyArray_SAMESHAPE(call.computed_hessian, x)
-        fits = fits and cnp.PyArray_ISWRITEABLE(call.computed_hessian)
+    fits = fits and describe_output(call.computed, x, call.axis, &p.out)
+    fits = fits and describe_output(call.computed_hessian, x, call.axis, &p.hessian)
     if not fits or cnp.PyArray_DIM(x, call.axis) != call.classes or rows_of(x, call.axis) != call.rows:
         raise_changed()
     if call.row_weight is not None:

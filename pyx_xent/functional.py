@@ -241,10 +241,6 @@ num_threads
     IndexError, ValueError, TypeError, numpy.exceptions.AxisError
         As `cross_entropy_with_grad`, before anything is written.
 
-    See Also
-    --------
-    pyx_xent.boosting.Multiclass : the same as an objective of LightGBM and XGBoost
-
     Examples
     --------
     >>> import numpy as np

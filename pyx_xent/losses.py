@@ -1,23 +1,28 @@
 """Objects with the constructors of torch.nn's modules: called for the loss, asked afterwards for the gradient."""
 
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any
-
 from . import _call, functional
 
 __all__ = ["CrossEntropyLoss", "LogSoftmax", "NLLLoss", "Softmax"]
 
 
 class _Criterion:
-    """Of a dataclass whose fields are options, which may be set later: it keeps the last call for backward()."""
+    """Keeps its options as attributes, which may be set later and show in repr, and the last call for backward()."""
 
     _last = None
+
+    def _set(self, given):
+        """given: the arguments of __init__, of which each but self is an option."""
+        vars(self).update({name: value for name, value in given.items() if name != "self"})
+
+    def _options(self):
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __getstate__(self):
         return vars(self) | {"_last": None}
 
-    def _options(self):
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    def __repr__(self):
+        options = (f"{name}={value!r}" for name, value in self._options().items())
+        return f"{type(self).__name__}({', '.join(options)})"
 
     def _last_call(self):
         last = self._last  # read once: another thread may call
@@ -26,7 +31,6 @@ class _Criterion:
         return last
 
 
-@dataclass(eq=False)
 class CrossEntropyLoss(_Criterion):
     """Cross-entropy with the arguments of ``torch.nn.CrossEntropyLoss``.
 
@@ -49,16 +53,20 @@ class CrossEntropyLoss(_Criterion):
     array([[-0.1477,  0.142 ,  0.0058]])
     """
 
-    weight: Any = None
-    _: KW_ONLY
-    ignore_index: int = -100
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
-    axis: int | None = None
-    z_loss: float = 0.0
-    empty: str = "nan"
-    focal_gamma: float = 0.0
-    loss_dtype: Any = None
+    def __init__(
+        self,
+        weight=None,
+        *,
+        ignore_index=-100,
+        reduction="mean",
+        label_smoothing=0.0,
+        axis=None,
+        z_loss=0.0,
+        empty="nan",
+        focal_gamma=0.0,
+        loss_dtype=None,
+    ):
+        self._set(locals())
 
     def __call__(self, logits, target, *, sample_weight=None, normalizer=None):
         """The loss of `logits` for `target`; see `pyx_xent.cross_entropy` for shapes, dtypes and errors."""
@@ -94,7 +102,6 @@ class CrossEntropyLoss(_Criterion):
         return call.gradient()
 
 
-@dataclass(eq=False)
 class NLLLoss(_Criterion):
     """Negative log-likelihood with the arguments of ``torch.nn.NLLLoss``; `backward` as for `CrossEntropyLoss`.
 
@@ -108,13 +115,8 @@ class NLLLoss(_Criterion):
     array([[ 0., -1.]])
     """
 
-    weight: Any = None
-    _: KW_ONLY
-    ignore_index: int = -100
-    reduction: str = "mean"
-    axis: int | None = None
-    empty: str = "nan"
-    loss_dtype: Any = None
+    def __init__(self, weight=None, *, ignore_index=-100, reduction="mean", axis=None, empty="nan", loss_dtype=None):
+        self._set(locals())
 
     def __call__(self, log_probs, target, *, sample_weight=None, normalizer=None):
         """The loss of `log_probs` for `target`; see `pyx_xent.nll_loss`."""
@@ -128,7 +130,6 @@ class NLLLoss(_Criterion):
     backward = CrossEntropyLoss.backward
 
 
-@dataclass(eq=False)
 class Softmax(_Criterion):
     """Softmax along `dim`, as ``torch.nn.Softmax``; `backward` takes the gradient with respect to the result.
 
@@ -142,10 +143,11 @@ class Softmax(_Criterion):
     array([[ 0.1875, -0.1875]])
     """
 
-    dim: int = -1
-
     _forward = staticmethod(functional.softmax)
     _backward = staticmethod(functional.softmax_backward)
+
+    def __init__(self, dim=-1):
+        self._set(locals())
 
     def __call__(self, x):
         """The result of `pyx_xent.softmax` (`log_softmax`), of the shape and dtype of `x`."""

@@ -7,7 +7,7 @@ Slow and plain on purpose: arrays of the size of the logits are made freely, arg
 import numpy as np
 
 __all__ = [
-    "cross_entropy_hessian",
+    "cross_entropy_derivatives",
     "cross_entropy_with_grad",
     "log_softmax",
     "log_softmax_backward",
@@ -49,7 +49,7 @@ def log_softmax_backward(grad_output, output, axis=-1):
     return g - np.exp(np.asarray(output, np.float64)) * g.sum(axis, keepdims=True)
 
 
-def cross_entropy_with_grad(
+def cross_entropy_derivatives(
     logits,
     target,
     weight=None,
@@ -65,7 +65,7 @@ def cross_entropy_with_grad(
     focal_gamma=0.0,
     grad_output=1.0,
 ):
-    """SPEC S14 to S16, S23, S24, S26, S31, S46: (loss, gradient), both float64."""
+    """SPEC S14 to S16, S23, S24, S26, S31, S44, S46: (loss, gradient, diagonal of the Hessian without z_loss), all float64."""
     logits = np.asarray(logits, np.float64)
     target = np.asarray(target)
     axis = (0 if logits.ndim == 1 else 1) if axis is None else axis
@@ -102,11 +102,12 @@ def cross_entropy_with_grad(
             mass = (1 - eps) * w_y + eps / max(classes, 1) * w.sum()
             own = (1 - eps) * w_y[..., None] * onehot + eps / max(classes, 1) * w
             divisor = (r * s * w_y).sum()
+        curvature = mass
         if focal_gamma:
             others, p_y = np.where(onehot, 0.0, p).sum(-1), np.exp(ell_y)  # others: 1 - p_y
             factor = others**focal_gamma
             own_part = np.where(p_y == 0, 0.0, np.where(others == 0, 1.0, p_y * -ell_y / others))
-            nll = factor * nll
+            nll, curvature = factor * nll, factor * mass
             factor = factor * (1 + focal_gamma * own_part)  # (1 - p)^γ - γ p (1 - p)^(γ - 1) log p
             mass, own = factor * mass, factor[..., None] * own
         loss = s * (nll + (z_loss * lse**2 if z_loss else 0.0))
@@ -120,38 +121,19 @@ def cross_entropy_with_grad(
         near_one = p > 0.5
         grad = np.where(near_one, a[..., None] * np.expm1(ell) + (a[..., None] - own), a[..., None] * p - own)
         grad = np.where(r[..., None], g[..., None] * grad, 0.0)
+        hessian = np.where(r[..., None], (g * curvature)[..., None] * p * -np.expm1(ell), 0.0)
         if reduction == "sum":
             loss = loss.sum()
         elif reduction == "mean":
             loss = loss.sum() / divisor
             if empty == "zero" and normalizer is None and not (r.any() if soft else w[y[r]].any()):
-                loss, grad = 0.0, np.zeros_like(grad)
-    return loss, np.moveaxis(grad, -1, axis)
+                loss, grad, hessian = 0.0, np.zeros_like(grad), np.zeros_like(hessian)
+    return loss, np.moveaxis(grad, -1, axis), np.moveaxis(hessian, -1, axis)
 
 
-def cross_entropy_hessian(logits, target, weight=None, *, axis=None, focal_gamma=0.0, **options):
-    """SPEC S44: a_i p_c (1 - p_c) with the divisor of "mean", float64. The options are those of cross_entropy_with_grad."""
-    logits, target = np.asarray(logits, np.float64), np.asarray(target)
-    axis = (0 if logits.ndim == 1 else 1) if axis is None else axis
-    x = np.moveaxis(logits, axis, -1)
-    rows, classes = x.shape[:-1], x.shape[-1]
-    w = np.ones(classes) if weight is None else np.asarray(weight, np.float64)
-    eps, s = options.get("label_smoothing", 0.0), options.get("sample_weight")
-    s = np.ones(rows) if s is None else np.asarray(s, np.float64).reshape(rows)
-    ell = log_softmax(np.where((s != 0)[..., None], x, 0.0))
-    if target.shape == logits.shape:
-        live, a, divisor = s != 0, (((1 - eps) * np.moveaxis(target, axis, -1) + eps / classes) * w).sum(-1), s.sum()
-    else:
-        y = target.reshape(rows)
-        live = (s != 0) & (y != options.get("ignore_index", -100))
-        y = np.where(live, y, 0)
-        a, divisor = (1 - eps) * w[y] + eps / classes * w.sum(), (live * s * w[y]).sum()
-        if focal_gamma:
-            a = a * (-np.expm1(np.take_along_axis(ell, y[..., None], -1)[..., 0])) ** focal_gamma
-    if options.get("reduction", "mean") == "mean":
-        s = s / (divisor if options.get("normalizer") is None else options["normalizer"])
-    hessian = np.where(live[..., None], (s * a)[..., None] * np.exp(ell) * -np.expm1(ell), 0.0)
-    return np.moveaxis(hessian, -1, axis)
+def cross_entropy_with_grad(*arguments, **options):
+    """(loss, gradient) of `cross_entropy_derivatives`."""
+    return cross_entropy_derivatives(*arguments, **options)[:2]
 
 
 def nll_loss_with_grad(log_probs, target, weight=None, *, ignore_index=-100, reduction="mean", axis=None, grad_output=1.0):

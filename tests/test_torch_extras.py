@@ -86,7 +86,6 @@ def test_extras_give_what_numpys_functions_give(kind, extras, compiled):
 def test_extras_are_differentiated_twice(kind, reduction, extras):
     if reduction != "mean":
         extras = {name: value for name, value in extras.items() if name != "normalizer"}
-    extras = {name: value for name, value in extras.items() if name != "empty"}
     logits, target = problem(kind)
     inputs = (logits, target.requires_grad_()) if kind == "soft" and not extras.get("z_loss") else (logits,)
 

@@ -70,7 +70,9 @@ AGAIN = [(MEMORY, "    if not is_doubles(array) or cnp.PyArray_SIZE(array) != si
 ALSO = {  # what is checked a second time, where pointers are taken: changed there, too
     "sample weights may be too few": AGAIN,
     "upstream gradients may be too few": AGAIN,
-    "outputs may be read-only": [(MEMORY, "fits = fits and cnp.PyArray_ISWRITEABLE(call.computed)", "fits = fits and True")],
+    "outputs may be read-only": [
+        (MEMORY, "cnp.PyArray_SAMESHAPE(out, x) and cnp.PyArray_ISWRITEABLE(out)", "cnp.PyArray_SAMESHAPE(out, x) and True")
+    ],
 }
 
 

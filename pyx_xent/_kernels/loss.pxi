@@ -216,8 +216,7 @@ cdef Focal focal_of(double gamma, const Left* left, doubles others, doubles loss
 cdef void put_curvature(Rows* r, doubles mass, const Left* left, doubles others) noexcept nogil:
     # in   mass     a of SPEC S44
     # in   others   1 - p of the target, which keeps its digits where p is near 1
-    cdef doubles inverse = d_div(d_set(1.0), left.every) if IS_DOUBLE else left.inverse
-    v_store(r.inverse, v_from_doubles(inverse))
+    v_store(r.inverse, v_from_doubles(left.inverse))
     v_store(r.curvature, v_from_doubles(without_nan_sign(mass)))
     v_store(r.curvature_at_target, v_from_doubles(without_nan_sign(d_mul(mass, d_mul(left.share, others)))))
 

@@ -339,11 +339,13 @@ cdef void row_entries(const Problem* p, const Batch* b, int l, Py_ssize_t segmen
     cdef real* out = b.out[l] + start
     cdef real* cached = discarded
     cdef bint stream = p.plan.stream and lies_as_rows(&p.out)
-    cdef double scale = r.scale[l], inverse = r.inverse[l], power = 1, tiny = 1e-300 if IS_DOUBLE else 1e-37
+    cdef double scale = r.scale[l], inverse = 1, power = 1, tiny = 1e-300 if IS_DOUBLE else 1e-37
     cdef Units units
     if is_backward(p) or p.operation == LOG_SOFTMAX:
         other_entries(p, b, l, start, size, stream)
         return
+    if b.hessian[l] != NULL:
+        inverse = r.inverse[l]
     if is_cached(p):
         cached = b.cached[l] + start
         if p.classes > SHORT_CLASSES:
